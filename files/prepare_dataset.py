@@ -1,0 +1,265 @@
+#!/usr/bin/env python
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Mix conversations into ``train.jsonl`` and ``eval.jsonl``, and prove that the target renders every row.
+
+Rows are ``{id, conversations: [{role, content}]}``, SpecForge's contract. With ``regenerate`` the
+assistant turns of the training rows are written anew by the target, greedily: a draft learns best
+what the target itself would say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+from typing import Any, Iterator
+
+import torch
+from chat_format import ChatFormat
+from spec_decode import conversations
+from spec_decode.errors import SpecDecodeError
+from spec_decode.files import read_json_object, sha256_file, sha256_text, sha256_value, write_json, write_text
+from spec_decode.program import PhaseResult, run
+from spec_decode.progress import Progress
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target-model-path", required=True)
+    parser.add_argument("--chat-template", required=True)
+    parser.add_argument("--chat-template-file", default="")
+    parser.add_argument("--config", required=True, help="JSON: sources, train, eval, seed, max_length, regenerate")
+    parser.add_argument("--output", required=True, help="folder for train.jsonl, eval.jsonl and manifest.json")
+    parser.add_argument("--result", required=True)
+    return parser.parse_args()
+
+
+class Selection:
+    """Rows that the target renders, split so that no prompt of eval is a prompt of train."""
+
+    def __init__(self, chat: ChatFormat, config: dict[str, Any], progress: Progress) -> None:
+        self._chat, self._config, self._progress = chat, config, progress
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, str] = {}
+
+    def choose(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Training and evaluation rows in the shares that the sources' weights ask for."""
+        config = self._config
+        weights = [float(source.get("weight", 1)) for source in config["sources"]]
+        shares = {part: conversations.shares(config[part], weights) for part in ("train", "eval")}
+        train: list[dict[str, Any]] = []
+        held_out: list[dict[str, Any]] = []
+        prompts: dict[str, set[str]] = {"train": set(), "eval": set()}
+        for number, source in enumerate(config["sources"]):
+            rows = list(conversations.read(source["path"], source.get("layout", "auto")))
+            random.Random(f"{config['seed']}-{number}").shuffle(rows)
+            wanted = {part: sum(shares[part][: number + 1]) for part in ("train", "eval")}
+            for row in self._usable(rows, source["path"]):
+                prompt = conversations.prompt_key(row)
+                if len(held_out) < wanted["eval"]:
+                    # Rows passed over here repeat a prompt that is held out already, or one of training.
+                    if prompt not in prompts["eval"] and prompt not in prompts["train"]:
+                        prompts["eval"].add(prompt)
+                        held_out.append(row)
+                elif prompt not in prompts["eval"]:
+                    prompts["train"].add(prompt)
+                    train.append(row)
+                if len(train) >= wanted["train"] and len(held_out) >= wanted["eval"]:
+                    break
+            self._check_share(source["path"], len(rows), number, shares, train, held_out)
+        random.Random(config["seed"]).shuffle(train)
+        return train, held_out
+
+    def _usable(self, rows: list[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
+        for seen, row in enumerate(rows, 1):
+            reason = self._fault(row)
+            if reason is None:
+                yield row
+                continue
+            self.dropped[reason] += 1
+            self.examples.setdefault(reason, f"{path}, row {row['id']}")
+            limit = float(self._config["max_dropped_fraction"])
+            if seen >= 20 and sum(self.dropped.values()) > limit * seen and sum(self.dropped.values()) >= 5:
+                self._refuse(path, seen)
+
+    def _refuse(self, path: str, seen: int) -> None:
+        counts = ", ".join(f"{count} {reason} (first: {self.examples[reason]})" for reason, count in self.dropped.items())
+        raise SpecDecodeError(
+            f"Of the first {seen} rows of {path} too many cannot be used: {counts}.",
+            "Mend the data or the chat template, or raise dataset_max_dropped_fraction.",
+        )
+
+    def _fault(self, row: dict[str, Any]) -> str | None:
+        turns = row["conversations"]
+        if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+            return "without an assistant turn"
+        try:
+            rendered = self._chat.render(turns)
+        except (UserWarning, ValueError, KeyError, IndexError, TypeError) as error:
+            return f"not rendered by the chat template ({type(error).__name__})"
+        if not bool(rendered.loss_mask.any()):
+            return f"with an empty loss mask under the template (at {self._chat.max_length} tokens)"
+        return None
+
+    def _check_share(
+        self, path: str, rows: int, number: int, shares: dict[str, list[int]], train: list[Any], held_out: list[Any]
+    ) -> None:
+        for part, chosen in (("train", train), ("eval", held_out)):
+            wanted = sum(shares[part][: number + 1])
+            if len(chosen) < wanted:
+                raise SpecDecodeError(
+                    f"The data set lacks {wanted - len(chosen)} {part} rows: {path} has {rows} rows,"
+                    f" of which {sum(self.dropped.values())} cannot be used, and its share of {part} is"
+                    f" {shares[part][number]}.",
+                    "Give more data, or lower dataset_train_rows or dataset_eval_rows.",
+                )
+
+
+class Regenerator:
+    """Lets the target write the assistant turns, in batches of like length, greedily."""
+
+    def __init__(self, chat: ChatFormat, target: str, config: dict[str, Any], cache: str, progress: Progress) -> None:
+        self._chat, self._target, self._config = chat, target, config
+        self._cache, self._progress = cache, progress
+
+    def rewrite(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with the target's own words; what an earlier, interrupted call wrote is taken from its cache."""
+        done = self._read_cache()
+        missing = [row for row in rows if row["id"] not in done]
+        if missing:
+            self._generate(missing, done, len(rows))
+        return [{"id": row["id"], "conversations": done[row["id"]]} for row in rows]
+
+    def _read_cache(self) -> dict[str, list[dict[str, str]]]:
+        done: dict[str, list[dict[str, str]]] = {}
+        if os.path.exists(self._cache):
+            with open(self._cache, encoding="utf-8") as stream:
+                for line in stream:
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError:
+                        break  # the line that was being written when the job was killed
+                    done[row["id"]] = row["conversations"]
+        return done
+
+    def _generate(self, rows: list[dict[str, Any]], done: dict[str, Any], total: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(self._target, dtype=torch.bfloat16).to(device).eval()
+        os.makedirs(os.path.dirname(self._cache), exist_ok=True)
+        write_text(self._cache, "".join(_line({"id": key, "conversations": value}) for key, value in done.items()))
+        rows = sorted(rows, key=lambda row: sum(len(turn["content"]) for turn in row["conversations"]))
+        size = int(self._config["regenerate_batch_size"])
+        with open(self._cache, "a", encoding="utf-8") as stream:
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                for row, turns in zip(batch, self._answer(model, batch)):
+                    done[row["id"]] = turns
+                    stream.write(_line({"id": row["id"], "conversations": turns}))
+                stream.flush()
+                self._progress.update(f"{len(done)}/{total} rows rewritten by the target", len(done), total)
+
+    def _answer(self, model: Any, batch: list[dict[str, Any]]) -> list[list[dict[str, str]]]:
+        written: list[list[dict[str, str]]] = [[] for _ in batch]
+        for position in range(max(len(row["conversations"]) for row in batch)):
+            asked = []
+            for index, row in enumerate(batch):
+                if position >= len(row["conversations"]):
+                    continue
+                turn = row["conversations"][position]
+                if turn["role"] == "assistant":
+                    asked.append(index)
+                else:
+                    written[index].append(dict(turn))
+            if asked:
+                for index, text in zip(asked, self._complete(model, [written[index] for index in asked])):
+                    written[index].append({"role": "assistant", "content": text})
+        return written
+
+    def _complete(self, model: Any, prompts: list[list[dict[str, str]]]) -> list[str]:
+        tokenizer = self._chat.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        encoded = tokenizer.pad({"input_ids": [self._chat.prompt_ids(turns) for turns in prompts]}, return_tensors="pt")
+        encoded = encoded.to(model.device)
+        with torch.inference_mode():
+            output = model.generate(**encoded, do_sample=False, max_new_tokens=int(self._config["max_new_tokens"]))
+        answers = output[:, encoded["input_ids"].shape[1] :]
+        return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def evidence(
+    chat: ChatFormat, train: list[dict[str, Any]], held_out: list[dict[str, Any]], config: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures that the data set gate judges, counted on the rows as they were written."""
+    counts = collections.Counter[str]()
+    span = ""
+    for row in train + held_out:
+        try:
+            rendered = chat.render(row["conversations"])
+        except (UserWarning, ValueError, KeyError, IndexError, TypeError):
+            counts["rows_failed"] += 1
+            continue
+        counts["rows_rendered"] += 1
+        supervised = int(rendered.loss_mask.sum())
+        counts["tokens"] += len(rendered.input_ids)
+        counts["supervised_tokens"] += supervised
+        counts["empty_masks"] += supervised == 0
+        counts["mask_outside_assistant"] += not chat.covers_only_assistant(row["conversations"], rendered)
+        span = span or chat.supervised_text(rendered)
+    prompts = {conversations.prompt_key(row) for row in train}
+    names = ("rows_rendered", "rows_failed", "empty_masks", "mask_outside_assistant", "tokens", "supervised_tokens")
+    return {
+        "counts": {"train": len(train), "eval": len(held_out)},
+        "expected": {"train": config["train"], "eval": config["eval"]},
+        **{name: counts[name] for name in names},
+        "overlap_train_eval": sum(conversations.prompt_key(row) in prompts for row in held_out),
+        "supervised_span": span,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    options = arguments()
+    result = PhaseResult("dataset", options.result)
+    progress = Progress()
+    config = read_json_object(options.config, "data set configuration")
+    chat = ChatFormat(
+        options.target_model_path, options.chat_template, options.chat_template_file, int(config["max_length"])
+    )
+    progress.update("reading and rendering the sources")
+    selection = Selection(chat, config, progress)
+    train, held_out = selection.choose()
+    if config["regenerate"]:
+        work = sha256_value([[row["id"] for row in train], config, os.environ.get("TARGET_SHA", "")])[:12]
+        cache = os.path.join(options.output, "regenerated", f"{work}.jsonl")
+        train = Regenerator(chat, options.target_model_path, config, cache, progress).rewrite(train)
+    facts = evidence(chat, train, held_out, config)
+    for part, rows in (("train", train), ("eval", held_out)):
+        write_text(os.path.join(options.output, f"{part}.jsonl"), "".join(_line(row) for row in rows))
+    files = {part: sha256_file(os.path.join(options.output, f"{part}.jsonl")) for part in ("train", "eval")}
+    write_json(os.path.join(options.output, "manifest.json"), {"sha256": files, "counts": facts["counts"]})
+    result.complete(
+        {
+            **facts,
+            "rows_without_assistant": selection.dropped["without an assistant turn"],
+            "rows_dropped": dict(selection.dropped),
+            "regenerated": bool(config["regenerate"]),
+            "mean_tokens": round(facts["tokens"] / max(1, facts["rows_rendered"]), 1),
+            "sources": config["sources"],
+            "template_sha256": sha256_text(chat.template.model_dump_json()),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

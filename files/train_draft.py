@@ -1,0 +1,217 @@
+#!/usr/bin/env python
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Train a draft with SpecForge from captured features, from the newest complete checkpoint on.
+
+Metrics of every logged step stand in ``metrics.jsonl`` beside the checkpoints while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import yaml
+from spec_decode import checkpoints, features
+from spec_decode.errors import SpecDecodeError
+from spec_decode.files import sha256_value, write_text
+from spec_decode.program import PhaseResult, run
+from spec_decode.progress import Progress
+from spec_decode.target_view import sharded_view
+from spec_decode.waiting import clock
+
+STEP = re.compile(r"^step (\d+): (\{.*\})\s*$")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="SpecForge run configuration (YAML)")
+    parser.add_argument("--target-model-path", required=True)
+    parser.add_argument("--aux-layers", required=True)
+    parser.add_argument("--features", required=True)
+    parser.add_argument("--output", required=True, help="folder for checkpoints and metrics")
+    parser.add_argument("--result", required=True)
+    return parser.parse_args()
+
+
+class Metrics:
+    """``metrics.jsonl``: one line a logged step, a resumed run continuing where its checkpoint was taken."""
+
+    def __init__(self, path: str, resumed_at: int) -> None:
+        self.path = path
+        self.steps = [row for row in self._read() if row["step"] <= resumed_at]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.steps))
+
+    def add(self, step: int, values: dict[str, float]) -> dict[str, Any]:
+        row = {"step": step, **{key.removeprefix("train/"): value for key, value in values.items()}}
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self.steps.append(row)
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        return row
+
+    def _read(self) -> list[dict[str, Any]]:
+        rows = []
+        if os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as stream:
+                for line in stream:
+                    try:
+                        rows.append(json.loads(line))
+                    except json.JSONDecodeError:
+                        break  # the line that was being written when the job was killed
+        return rows
+
+
+def headline(row: dict[str, Any]) -> str:
+    """The figures that a person watches: first-position accuracy and loss."""
+    parts = [f"{name} {row[name]:.2f}" for name in ("acc_0", "acc", "loss") if isinstance(row.get(name), float)]
+    return " · ".join(parts[:1] + parts[-1:])
+
+
+def training_command(config: str, overrides: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Command and additional environment of the trainer, on whatever this machine has."""
+    arguments_ = ["train", "--config", config, *[f"{key}={value}" for key, value in overrides.items()]]
+    if torch.cuda.is_available():
+        return [sys.executable, "-m", "specforge.cli", *arguments_], {}
+    launcher = os.path.join(os.path.dirname(os.path.abspath(__file__)), "specforge_cpu.py")
+    return [sys.executable, launcher, *arguments_], {"TORCHDYNAMO_DISABLE": "1"}
+
+
+def train(command: list[str], environment: dict[str, str], metrics: Metrics, total: int, first: int) -> None:
+    """Run the trainer to its end, following its steps; its output passes through to this program's."""
+    progress = Progress()
+    started, seen = time.monotonic(), first
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _frame: process.send_signal(received))
+    assert process.stdout is not None
+    for line in process.stdout:
+        match = STEP.match(line)
+        if not match:
+            print(line, end="", flush=True)
+            continue
+        seen = int(match[1])
+        row = metrics.add(seen, parse_metrics(match[2]))
+        left = (time.monotonic() - started) / max(1, seen - first) * (total - seen)
+        progress.update(f"step {seen}/{total} · {headline(row)} · {clock(left)} left", seen, total)
+    code = process.wait()
+    if code < 0:
+        sys.exit(128 - code)
+    if code:
+        raise SpecDecodeError(
+            f"SpecForge's training ended with exit code {code} after step {seen} of {total}.",
+            "Its own message stands above in this log; checkpoints are kept and the next run goes on from there.",
+        )
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """The dictionary that SpecForge prints, lists of values by position taken apart."""
+    document = re.sub(r"\binf\b", "Infinity", re.sub(r"\bnan\b", "NaN", text.replace("'", '"')))
+    values: dict[str, float] = {}
+    for key, value in json.loads(document).items():
+        for suffix, number in [("", value)] if isinstance(value, float) else [(f"_{i}", v) for i, v in enumerate(value)]:
+            values[f"{key}{suffix}"] = number
+    return values
+
+
+def main() -> None:
+    options = arguments()
+    result = PhaseResult("train", options.result)
+    with open(options.config, encoding="utf-8") as stream:
+        config = yaml.safe_load(stream)
+    manifest = features.check_sealed(options.features)
+    layers = [int(layer) for layer in options.aux_layers.split(",")]
+    if manifest["layers"] != layers:
+        raise SpecDecodeError(
+            f"The features in {options.features} were captured at layers {manifest['layers']},"
+            f" but the draft is to be trained on layers {layers}.",
+            "Capture again with the same AUX_LAYERS.",
+        )
+    identity = sha256_value([config, manifest])[:12]
+    output = os.path.join(options.output, identity)
+    os.makedirs(output, exist_ok=True)
+    target = sharded_view(options.target_model_path, os.path.join(options.output, "target"))
+    overrides = {
+        "model.target_model_path": target,
+        "data.hidden_states_path": os.path.abspath(options.features),
+        "data.cache_dir": os.path.join(output, "cache"),
+        "output_dir": output,
+    }
+    newest, refused = checkpoints.newest_complete(output, config["run_id"])
+    for path, reason in refused:
+        print(f"not resumed from {path}: {reason}", flush=True)
+        shutil.rmtree(path)
+    first = checkpoints.step_of(newest) if newest else 0
+    if newest:
+        overrides["training.resume_from"] = newest
+        print(f"resuming from {newest}", flush=True)
+    total = int(config["training"]["max_steps"])
+    metrics = Metrics(os.path.join(output, "metrics.jsonl"), first)
+    if first < total:
+        command, environment = training_command(options.config, overrides)
+        train(command, environment, metrics, total, first)
+    newest, _refused = checkpoints.newest_complete(output, config["run_id"])
+    if newest is None or not metrics.steps:
+        raise SpecDecodeError(
+            f"SpecForge ended, but left no complete checkpoint or no metrics in {output}.",
+            "Check that training.log_interval and training.max_steps fit the data.",
+        )
+    for other in os.listdir(options.output):
+        if other not in (identity, "target"):
+            shutil.rmtree(os.path.join(options.output, other))  # trained on other inputs: it is not this draft
+    window = max(1, len(metrics.steps) // 10)
+    result.complete(
+        {
+            "method": config["training"]["strategy"],
+            "steps": checkpoints.step_of(newest),
+            "max_steps": total,
+            "resumed_at": first,
+            "metrics_path": metrics.path,
+            "first": mean(metrics.steps[:window]),
+            "last": mean(metrics.steps[-window:]),
+            "nonfinite_steps": sum(any(value is None for value in row.values()) for row in metrics.steps),
+            "checkpoint": newest,
+            "layers": layers,
+            "training": config["training"],
+            "features": manifest,
+            "trainer": version("specforge"),
+        }
+    )
+
+
+def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over a few logged steps, per position where the method has several."""
+    keys = [key for key in rows[-1] if key in ("loss", "acc") or key.startswith(("acc_", "ploss_"))]
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
+    means = {key: sum(found) / len(found) for key, found in values.items() if found}
+    accuracies = [means[key] for key in sorted(means) if key.startswith("acc_")]
+    return {**means, "accs": accuracies, "logged_steps": len(rows)}
+
+
+def version(package: str) -> str:
+    from importlib import metadata
+
+    return f"{package} {metadata.version(package)}" if importlib.util.find_spec(package) else package
+
+
+if __name__ == "__main__":
+    run(main)

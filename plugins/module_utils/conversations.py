@@ -1,0 +1,107 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Conversation files in their various layouts, as one. Private to the collection."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Iterator
+
+from .errors import SpecDecodeError
+from .files import read_json, sha256_text
+
+LAYOUTS = ("auto", "sharegpt", "ultrachat", "conversations")
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+
+
+def read(path: str, layout: str = "auto") -> Iterator[dict[str, Any]]:
+    """Rows ``{id, conversations: [{role, content}]}`` of a JSON array or a JSON-lines file.
+
+    Layouts: ``sharegpt`` (``conversations`` of ``{from, value}``), ``ultrachat`` (``messages`` of
+    ``{role, content}``, or ``data``, a list of texts that alternate), ``conversations`` (the target layout).
+    """
+    if layout not in LAYOUTS:
+        raise SpecDecodeError(f"The data layout {layout!r} of {path} is not one of {', '.join(LAYOUTS)}.")
+    if not os.path.isfile(path):
+        raise SpecDecodeError(f"The data source {path} does not exist.", "Check dataset_sources.")
+    count = 0
+    for number, row in _raw_rows(path):
+        count += 1
+        yield _row(row, layout, path, number)
+    if not count:
+        raise SpecDecodeError(f"The data source {path} is empty.", "Give a file with conversations.")
+
+
+def prompt_key(row: dict[str, Any]) -> str:
+    """What makes two rows "the same prompt": the first user turn without regard to case and spacing."""
+    for turn in row["conversations"]:
+        if turn["role"] == "user":
+            return " ".join(turn["content"].lower().split())
+    return ""
+
+
+def shares(total: int, weights: list[float]) -> list[int]:
+    """``total`` rows divided by ``weights``; the parts sum to the total (largest remainders first)."""
+    if not weights or min(weights) < 0 or sum(weights) <= 0:
+        raise SpecDecodeError(f"The sources' weights {weights} must be positive numbers.", "Check dataset_sources.")
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [int(part) for part in exact]
+    order = sorted(range(len(parts)), key=lambda index: (parts[index] - exact[index], index))
+    for index in order[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+def _raw_rows(path: str) -> Iterator[tuple[int, Any]]:
+    with open(path, encoding="utf-8") as stream:
+        start = stream.read(64).lstrip()
+    if start.startswith("["):
+        yield from enumerate(read_json(path, "data source"), 1)
+        return
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise SpecDecodeError(f"Line {number} of {path} is no valid JSON: {error.msg}.") from error
+
+
+def _row(row: Any, layout: str, path: str, number: int) -> dict[str, Any]:
+    try:
+        found = layout if layout != "auto" else _layout_of(row)
+        if found == "sharegpt":
+            turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        elif found == "conversations":
+            turns = [(turn["role"], turn["content"]) for turn in row["conversations"]]
+        elif "messages" in row:
+            turns = [(turn["role"], turn["content"]) for turn in row["messages"]]
+        else:
+            turns = [("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(row["data"])]
+        messages = [{"role": ROLES[str(role)], "content": str(content or "")} for role, content in turns]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SpecDecodeError(
+            f"Row {number} of {path} is not in the layout {layout!r}: {type(error).__name__} {error}.",
+            "Expected ShareGPT {conversations: [{from, value}]}, UltraChat {messages: [{role, content}]}"
+            " or {conversations: [{role, content}]}.",
+        ) from error
+    given = row.get("id", row.get("prompt_id", number))
+    return {"id": f"{sha256_text(os.path.basename(path))[:8]}-{number}-{given}", "conversations": messages}
+
+
+def _layout_of(row: dict[str, Any]) -> str:
+    if "conversations" not in row:
+        return "ultrachat"
+    first = row["conversations"][0] if row["conversations"] else {}
+    return "sharegpt" if "from" in first else "conversations"

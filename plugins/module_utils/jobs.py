@@ -1,0 +1,541 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a job is, how it is known again, and what to do with what is found. Private to the collection.
+
+A job is known by ``(experiment, name, fingerprint)``. The fingerprint covers the script's
+text, its arguments, its environment and the bytes of the files that it names as inputs, so
+that "the same job" means "the same work". An executor knows how to look one attempt up,
+submit it and cancel it; everything else is decided here, once for all executors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import fcntl
+import os
+import re
+from typing import Any, Iterator, Protocol
+
+from .errors import SpecDecodeError
+from .files import read_json, read_json_or_none, sha256_file, sha256_text, sha256_value, tail, write_json
+
+NAME_PATTERN = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+
+
+class State(str, enum.Enum):
+    """Where one attempt stands. ``UNKNOWN`` means that a source did not answer: it is never "no job"."""
+
+    ABSENT = "ABSENT"
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    PREEMPTED = "PREEMPTED"
+    REQUEUED = "REQUEUED"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    TIMEOUT = "TIMEOUT"
+    CANCELLED = "CANCELLED"
+    NODE_FAIL = "NODE_FAIL"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    LOST = "LOST"
+    UNKNOWN = "UNKNOWN"
+
+
+ALIVE = frozenset({State.PENDING, State.RUNNING, State.PREEMPTED, State.REQUEUED})
+ENDED_BADLY = frozenset(
+    {State.FAILED, State.TIMEOUT, State.CANCELLED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.LOST}
+)
+
+
+class Action(str, enum.Enum):
+    """What the table of outcomes asks for."""
+
+    SUBMIT = "submit"
+    RESUBMIT = "resubmit"
+    REPLACE = "replace"
+    ATTACH = "attach"
+    NOTHING = "nothing"
+    FAIL = "fail"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sighting:
+    """What an executor saw of one attempt."""
+
+    state: State
+    job_id: str = ""
+    reason: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    restarts: int = 0
+    nodes: str = ""
+    elapsed_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSpec:
+    """One piece of work. ``directory`` is where all job records of the experiment live."""
+
+    experiment: str
+    name: str
+    script: str
+    directory: str
+    arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[str, ...] = ()
+    result: str = ""
+    chdir: str = ""
+    time_limit_s: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for label, value in (("experiment", self.experiment), ("job name", self.name)):
+            if not NAME_PATTERN.match(value):
+                raise SpecDecodeError(
+                    f"The {label} {value!r} must be 1 to 63 lower-case letters, digits or inner hyphens,"
+                    " because it becomes a job name, a label and a folder.",
+                    f"Give another {label}.",
+                )
+
+    @property
+    def folder(self) -> str:
+        """The folder of this job's record, log and progress."""
+        return os.path.join(self.directory, self.name)
+
+    @property
+    def log(self) -> str:
+        """The file that takes the job's output, all attempts one after the other."""
+        return os.path.join(self.folder, "output.log")
+
+    @property
+    def progress(self) -> str:
+        """The file in which the job itself says how far it is."""
+        return os.path.join(self.folder, "progress.json")
+
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint covers, part by part (values hashed where they are long)."""
+        missing = [path for path in (self.script, *self.inputs) if not os.path.isfile(path)]
+        if missing:
+            raise SpecDecodeError(
+                f"Job {self.name!r} names {missing[0]} as its script or input, but there is no such file.",
+                "Run the phase that writes it first.",
+            )
+        return {
+            "script": sha256_file(self.script),
+            "arguments": list(self.arguments),
+            "environment": {key: sha256_text(value) for key, value in sorted(self.environment)},
+            "inputs": {os.path.basename(path): sha256_file(path) for path in self.inputs},
+        }
+
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that change when, and only when, the work changes."""
+        return sha256_value(self.identity())
+
+
+@dataclasses.dataclass
+class Attempt:
+    """One submission of a job. ``key`` marks it wherever it runs."""
+
+    number: int
+    key: str
+    submitted_at: str
+    job_id: str = ""
+    state: State = State.ABSENT
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str = ""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Record:
+    """What is known of a job on disk: ``<directory>/<name>/record.json``."""
+
+    experiment: str
+    name: str
+    executor: str
+    fingerprint: str
+    identity: dict[str, Any]
+    owner: int
+    #: the file that says the work is complete; empty if the job leaves none
+    result: str = ""
+    attempts: list[Attempt] = dataclasses.field(default_factory=list)
+    #: attempts before this index belong to a failure that was already reported to the user
+    forgiven: int = 0
+
+    @property
+    def last(self) -> Attempt | None:
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def tries(self) -> int:
+        """Attempts made since the last failure that the user was told about."""
+        return len(self.attempts) - self.forgiven
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any, path: str) -> Record:
+        try:
+            attempts = [Attempt(**{**item, "state": State(item["state"])}) for item in value["attempts"]]
+            return cls(**{**value, "attempts": attempts})
+        except (KeyError, TypeError, ValueError) as error:
+            raise SpecDecodeError(
+                f"The job record {path} is not one of this collection's ({error}).",
+                "Move it aside; the job itself is then looked up by its name.",
+            ) from error
+
+
+class Executor(Protocol):
+    """How attempts run somewhere. ``spec.folder`` exists when these are called."""
+
+    name: str
+
+    def look_up(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
+        """What became of ``attempt``: ``ABSENT`` only when every source answered and none knows it."""
+
+    def submit(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
+        """Start ``attempt`` exactly once. The record with the attempt is on disk already."""
+
+    def cancel(self, spec: JobSpec, record: Record, attempt: Attempt) -> bool:
+        """Stop ``attempt`` if it is alive; returns whether something was stopped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How far a call may go."""
+
+    attempts: int = 3
+    retry_on: frozenset[State] = ENDED_BADLY
+    replace: bool = False
+    check_mode: bool = False
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a call found and did; the module returns it as facts."""
+
+    action: Action
+    changed: bool
+    state: State
+    fingerprint: str
+    record: Record | None
+    sighting: Sighting
+    message: str = ""
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
+    after: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def attempt_key(spec: JobSpec, fingerprint: str, number: int) -> str:
+    """16 hexadecimal digits that mark one attempt, the same whenever it is computed again."""
+    return sha256_value([spec.experiment, spec.name, fingerprint, number])[:16]
+
+
+def job_environment(spec: JobSpec, record: Record, attempt: Attempt) -> dict[str, str]:
+    """What every executor puts into a job's environment: the user's variables, then the job's marks."""
+    return {
+        **dict(spec.environment),
+        "SPEC_DECODE_EXPERIMENT": spec.experiment,
+        "SPEC_DECODE_JOB": attempt.key,
+        "SPEC_DECODE_FINGERPRINT": record.fingerprint,
+        "SPEC_DECODE_PROGRESS": spec.progress,
+        # Programs that rewrite their process title would otherwise overwrite the marks in /proc.
+        "SPT_NOENV": "1",
+    }
+
+
+def record_path(spec: JobSpec) -> str:
+    return os.path.join(spec.folder, "record.json")
+
+
+def read_record(spec: JobSpec) -> Record | None:
+    """The job's record, or ``None`` if it never was submitted."""
+    path = record_path(spec)
+    value = read_json_or_none(path, "job record")
+    return None if value is None else Record.from_dict(value, path)
+
+
+def write_record(spec: JobSpec, record: Record) -> None:
+    write_json(record_path(spec), record.as_dict())
+
+
+def result_is_done(spec: JobSpec, fingerprint: str) -> bool:
+    """Whether the job's result file says that this very work is complete."""
+    return _says_complete(spec.result, fingerprint)
+
+
+def _says_complete(path: str, fingerprint: str) -> bool:
+    if not path or not os.path.exists(path):
+        return False
+    result = read_json(path, "result file")
+    return (
+        isinstance(result, dict) and result.get("status") == "complete" and result.get("fingerprint") == fingerprint
+    )
+
+
+def decide(
+    fingerprint: str, record: Record | None, sighting: Sighting, done: bool, policy: Policy
+) -> tuple[Action, str]:
+    """The table of outcomes: what is found → what happens, with the reason in words. Pure."""
+    if sighting.state is State.UNKNOWN:
+        return Action.FAIL, f"The scheduler did not answer ({sighting.reason}); nothing was submitted."
+    alive = sighting.state in ALIVE
+    same = record is not None and record.fingerprint == fingerprint
+    if record is None or record.last is None:
+        if done:
+            return Action.NOTHING, "The result of this very work is there already."
+        return (Action.ATTACH, "found at the scheduler") if alive else (Action.SUBMIT, "No such job is known.")
+    if not same:
+        if alive:
+            if policy.replace:
+                return Action.REPLACE, "Another version of the job is active and is to be replaced."
+            return Action.FAIL, "Another version of the job is still active."
+        if done:
+            return Action.NOTHING, "The result of this very work is there already."
+        return Action.SUBMIT, "The job's inputs changed since it last ran."
+    if alive:
+        return Action.ATTACH, "The job is active."
+    if done or sighting.state is State.COMPLETED:
+        return Action.NOTHING, "The job is complete."
+    if sighting.state is State.ABSENT:
+        return Action.SUBMIT, "The job was recorded, but never reached the scheduler."
+    if sighting.state not in policy.retry_on:
+        return Action.FAIL, f"The job ended as {sighting.state.value}, which is not retried."
+    if record.tries < policy.attempts:
+        return Action.RESUBMIT, f"The job ended as {sighting.state.value}; attempts are left."
+    return Action.FAIL, f"The job ended as {sighting.state.value} and its {policy.attempts} attempt(s) are used up."
+
+
+def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
+    """Bring the job to "submitted, active or complete", submitting exactly once.
+
+    Order: take the job's lock, look up, record the attempt, submit, record the id. A kill
+    between any two steps leaves a state that the next call recognises.
+    """
+    fingerprint = spec.fingerprint()
+    with _locked(spec, policy.check_mode):
+        record = read_record(spec)
+        _check_owner(spec, record)
+        sighting = _look_up(spec, executor, record)
+        done = result_is_done(spec, fingerprint)
+        action, message = decide(fingerprint, record, sighting, done, policy)
+        outcome = Outcome(
+            action=action,
+            changed=action in (Action.SUBMIT, Action.RESUBMIT, Action.REPLACE),
+            state=State.COMPLETED if action is Action.NOTHING else sighting.state,
+            fingerprint=fingerprint,
+            record=record,
+            sighting=sighting,
+            message=message,
+            before=record.identity if record else {},
+            after=spec.identity(),
+        )
+        if action is Action.FAIL:
+            if not policy.check_mode and record and record.fingerprint == fingerprint and record.tries:
+                # The user hears of it now; calling again after mending the cause starts afresh.
+                if sighting.state in ENDED_BADLY:
+                    record.forgiven = len(record.attempts)
+                    write_record(spec, record)
+            raise SpecDecodeError(*explain_failure(spec, outcome))
+        if policy.check_mode:
+            return outcome
+        if action is Action.REPLACE:
+            assert record is not None and record.last is not None
+            executor.cancel(spec, record, record.last)
+        if outcome.changed:
+            outcome.record, outcome.sighting = _submit(spec, executor, record, fingerprint, outcome.after)
+            outcome.state = outcome.sighting.state
+        elif record is not None and record.last is not None:
+            _note(spec, record, sighting)
+        return outcome
+
+
+def query(spec: JobSpec, executor: Executor) -> Outcome:
+    """Look the recorded job up; change nothing but the record's own note of what was seen."""
+    record = read_record(spec)
+    sighting = _look_up(spec, executor, record)
+    fingerprint = record.fingerprint if record else ""
+    if record is not None and record.last is not None and os.path.isdir(spec.folder):
+        _note(spec, record, sighting)
+    return Outcome(Action.NOTHING, False, sighting.state, fingerprint, record, sighting)
+
+
+def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
+    """Cancel the job if it is active. Only a job with a record of this experiment is touched."""
+    with _locked(spec, policy.check_mode):
+        record = read_record(spec)
+        _check_owner(spec, record)
+        sighting = _look_up(spec, executor, record)
+        alive = sighting.state in ALIVE
+        if sighting.state is State.UNKNOWN:
+            raise SpecDecodeError(
+                f"Job {spec.name!r} cannot be cancelled, because the scheduler did not answer: {sighting.reason}.",
+                "Run the teardown again once it does.",
+            )
+        if alive and not policy.check_mode:
+            assert record is not None and record.last is not None
+            executor.cancel(spec, record, record.last)
+            sighting = executor.look_up(spec, record, record.last)
+            if sighting.state in ALIVE:
+                raise SpecDecodeError(
+                    f"Job {spec.name!r} ({sighting.job_id}) is still {sighting.state.value} after it was cancelled.",
+                    "Run the teardown again.",
+                )
+            _note(spec, record, sighting)
+        fingerprint = record.fingerprint if record else ""
+        return Outcome(Action.NOTHING, alive, sighting.state, fingerprint, record, sighting)
+
+
+def explain_failure(spec: JobSpec, outcome: Outcome) -> tuple[str, str]:
+    """The message and remedy for an outcome that cannot go on."""
+    text = f"Job {spec.name!r} of experiment {spec.experiment!r}: {outcome.message}"
+    if outcome.sighting.state is State.UNKNOWN:
+        return text, "Run again once the scheduler answers; nothing is lost or doubled by that."
+    if outcome.record and outcome.record.fingerprint != outcome.fingerprint:
+        differing = ", ".join(sorted(_differences(outcome.before, outcome.after))) or "its identity"
+        return (
+            f"{text} It differs in: {differing}.",
+            "Wait for it, cancel it with playbooks/teardown.yml, or allow on_change: replace.",
+        )
+    return f"{text}{ending(outcome.sighting)}{log_tail(spec)}", f"See {spec.log}; mend the cause and run again."
+
+
+def ending(sighting: Sighting) -> str:
+    """How an attempt ended, as a clause: exit code and signal apart."""
+    parts = []
+    if sighting.exit_code:
+        parts.append(f"exit code {sighting.exit_code}")
+    if sighting.signal:
+        parts.append(f"signal {sighting.signal}")
+    if sighting.reason:
+        parts.append(sighting.reason)
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def log_tail(spec: JobSpec, lines: int = 15) -> str:
+    """The end of the job's log, ready to stand in a message."""
+    last = tail(spec.log, lines)
+    return "\nThe log ends with:\n" + "\n".join(f"    {line}" for line in last) + "\n" if last else ""
+
+
+def _submit(
+    spec: JobSpec, executor: Executor, record: Record | None, fingerprint: str, identity: dict[str, Any]
+) -> tuple[Record, Sighting]:
+    # Numbers go on over a change of inputs: returning to older inputs must not find that older attempt's traces.
+    number = record.last.number + 1 if record is not None and record.last is not None else 1
+    if record is None or record.fingerprint != fingerprint:
+        record = Record(spec.experiment, spec.name, executor.name, fingerprint, identity, os.getuid(), spec.result)
+    record.executor = executor.name
+    attempt = record.last
+    if attempt is None or attempt.state is not State.ABSENT:
+        attempt = Attempt(number, attempt_key(spec, fingerprint, number), now())
+        record.attempts.append(attempt)
+    # else: recorded by a call that was killed before it could submit: the same attempt, not another
+    write_record(spec, record)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(spec.progress)  # an older attempt's progress would be shown as this one's
+    sighting = executor.submit(spec, record, attempt)
+    _note(spec, record, sighting)
+    return record, sighting
+
+
+def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
+    attempt = record.last
+    if attempt is None or sighting.state is State.UNKNOWN:
+        return
+    attempt.job_id = sighting.job_id or attempt.job_id
+    attempt.state, attempt.reason = sighting.state, sighting.reason
+    attempt.exit_code, attempt.signal = sighting.exit_code, sighting.signal
+    write_record(spec, record)
+
+
+def _look_up(spec: JobSpec, executor: Executor, record: Record | None) -> Sighting:
+    if record is None or record.last is None:
+        return Sighting(State.ABSENT)
+    sighting = executor.look_up(spec, record, record.last)
+    if sighting.state is State.COMPLETED and record.result and not _says_complete(record.result, record.fingerprint):
+        return dataclasses.replace(
+            sighting, state=State.FAILED, reason=f"it ended without writing its result {record.result}"
+        )
+    return sighting
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in {*before, *after}:
+        left, right = before.get(key), after.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            yield from _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            yield f"{prefix}{key}"
+
+
+def _check_owner(spec: JobSpec, record: Record | None) -> None:
+    if record is not None and record.owner != os.getuid():
+        raise SpecDecodeError(
+            f"Job {spec.name!r} of experiment {spec.experiment!r} belongs to the user with uid {record.owner},"
+            f" and you are uid {os.getuid()}.",
+            "Use another experiment name, or run as that user.",
+        )
+
+
+def known_jobs(directory: str) -> list[str]:
+    """The names of all jobs that have a record in ``directory``, sorted."""
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise SpecDecodeError(f"Cannot list the job records in {directory}: {error.strerror}.") from error
+    return [name for name in names if os.path.isfile(os.path.join(directory, name, "record.json"))]
+
+
+def describe(spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
+    """The facts that a module returns about one job."""
+    sighting, record = outcome.sighting, outcome.record
+    last = record.last if record else None
+    bad = outcome.state in ENDED_BADLY
+    return {
+        "name": spec.name,
+        "experiment": spec.experiment,
+        "job_id": sighting.job_id or (last.job_id if last else ""),
+        "state": outcome.state.value,
+        "alive": outcome.state in ALIVE,
+        "reason": sighting.reason,
+        "exit_code": sighting.exit_code,
+        "signal": sighting.signal,
+        "restarts": sighting.restarts,
+        "nodes": sighting.nodes,
+        "elapsed_s": sighting.elapsed_s,
+        "attempts": len(record.attempts) if record else 0,
+        "fingerprint": outcome.fingerprint,
+        "log": spec.log,
+        "log_tail": tail(spec.log) if bad else [],
+        "progress": read_json_or_none(spec.progress, "progress file") or {},
+    }
+
+
+@contextlib.contextmanager
+def _locked(spec: JobSpec, check_mode: bool) -> Iterator[None]:
+    """Hold the job's lock, so that two plays cannot submit it twice. Check mode leaves no folder behind."""
+    if check_mode and not os.path.isdir(spec.folder):
+        yield
+        return
+    try:
+        os.makedirs(spec.folder, exist_ok=True)
+        lock = open(os.path.join(spec.folder, "lock"), "a", encoding="utf-8")  # noqa: SIM115 (held below)
+    except OSError as error:
+        raise SpecDecodeError(
+            f"Cannot keep the job record in {spec.folder}: {error.strerror}.", "Mend it and run again."
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

