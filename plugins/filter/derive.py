@@ -1,0 +1,44 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Derivations from a target's config.json as filters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable
+
+from ansible.errors import AnsibleFilterError
+
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+
+
+def _as_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except SpecDecodeError as error:
+            raise AnsibleFilterError(str(error)) from error
+
+    return wrapped
+
+
+def draft_config(config: dict[str, Any], method: str = "eagle3", **options: Any) -> dict[str, Any]:
+    """The draft config without its derivations."""
+    return {name: field.value for name, field in derive.draft_config(config, method, **options).items()}
+
+
+class FilterModule:
+    """The collection's filters."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        functions = {
+            "aux_layers": derive.aux_layers,
+            "dflash_target_layers": derive.dflash_target_layers,
+            "draft_config": draft_config,
+            "served_aux_layers": derive.served_aux_layers,
+            "spec_slug": derive.spec_slug,
+        }
+        return {name: _as_filter(function) for name, function in functions.items()}
