@@ -21,6 +21,7 @@ class Progress:
     def __init__(self, path: str | None = None) -> None:
         self._path = path if path is not None else os.environ.get("SPEC_DECODE_PROGRESS", "")
         self._written = 0.0
+        self._printed = ""
 
     def update(self, text: str, done: int = 0, total: int = 0) -> None:
         """Say in words, and as ``done`` of ``total``, where the job stands."""
@@ -28,6 +29,8 @@ class Progress:
         if moment - self._written < 1.0 and done != total:
             return
         self._written = moment
-        print(text, flush=True)
+        if text != self._printed:
+            print(text, flush=True)
+            self._printed = text
         if self._path:
             write_json(self._path, {"text": text, "done": done, "total": total, "at": time.time()})
