@@ -26,7 +26,7 @@ import torch
 import yaml
 from spec_decode import checkpoints, features
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import sha256_value, write_text
+from spec_decode.files import sha256_value, write_json, write_text
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
 from spec_decode.target_view import sharded_view
@@ -175,9 +175,13 @@ def main() -> None:
             f"SpecForge ended, but left no complete checkpoint or no metrics in {output}.",
             "Check that training.log_interval and training.max_steps fit the data.",
         )
-    for other in os.listdir(options.output):
-        if other not in (identity, "target"):
+    for other in sorted(os.listdir(options.output)):
+        if other not in (identity, "target", "manifest.json"):
             shutil.rmtree(os.path.join(options.output, other))  # trained on other inputs: it is not this draft
+    # What conversion depends on, and nothing that differs between two runs of the same training.
+    write_json(
+        os.path.join(options.output, "manifest.json"), {"identity": identity, "steps": checkpoints.step_of(newest), "checkpoint": newest}
+    )
     window = max(1, len(metrics.steps) // 10)
     result.complete(
         {

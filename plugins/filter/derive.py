@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, report
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 
@@ -35,10 +35,16 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         functions = {
+            "arm_rows": report.arm_rows,
             "aux_layers": derive.aux_layers,
+            "context_line": report.context_line,
             "dflash_target_layers": derive.dflash_target_layers,
             "draft_config": draft_config,
+            "experiment": experiment.compose,
+            "parameters_table": experiment.parameters_table,
             "served_aux_layers": derive.served_aux_layers,
             "spec_slug": derive.spec_slug,
+            "verdict_fact": report.verdict_fact,
+            "verdict_table": report.verdict_table,
         }
         return {name: _as_filter(function) for name, function in functions.items()}

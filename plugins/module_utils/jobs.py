@@ -115,9 +115,13 @@ class JobSpec:
         """The file in which the job itself says how far it is."""
         return os.path.join(self.folder, "progress.json")
 
+    def missing(self) -> list[str]:
+        """The script or inputs that do not exist (yet)."""
+        return [path for path in (self.script, *self.inputs) if not os.path.isfile(path)]
+
     def identity(self) -> dict[str, Any]:
         """What the fingerprint covers, part by part (values hashed where they are long)."""
-        missing = [path for path in (self.script, *self.inputs) if not os.path.isfile(path)]
+        missing = self.missing()
         if missing:
             raise SpecDecodeError(
                 f"Job {self.name!r} names {missing[0]} as its script or input, but there is no such file.",
@@ -321,6 +325,9 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
     Order: take the job's lock, look up, record the attempt, submit, record the id. A kill
     between any two steps leaves a state that the next call recognises.
     """
+    if policy.check_mode and spec.missing():
+        message = f"The job would be submitted once {spec.missing()[0]} is there."
+        return Outcome(Action.SUBMIT, True, State.ABSENT, "", None, Sighting(State.ABSENT), message)
     fingerprint = spec.fingerprint()
     with _locked(spec, policy.check_mode):
         record = read_record(spec)

@@ -64,6 +64,7 @@ def judge(
         "shapes": shapes,
         "next_levers": head["next_levers"],
         "context": head["context"],
+        "measured_at": acceptance["finished_at"],
         "expiry": {
             "holds_for": {
                 "draft_sha": acceptance["draft"].get("sha"),

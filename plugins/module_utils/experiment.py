@@ -1,0 +1,221 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One experiment: its parameters, its jobs and the documents of its bundle. Pure; private to the collection."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+from .derive import METHODS
+from .errors import SpecDecodeError
+from .files import sha256_value
+from .jobs import NAME_PATTERN
+from .specforge import run_config
+
+#: names of shell variables that a site may add to its jobs
+VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The experiment from what was derived and what the user set. Everything later phases need stands in it."""
+    method, values = plan["method"], plan["values"]
+    name = settings["name"] or f"{values['slug']}-{method}"
+    if not NAME_PATTERN.match(name):
+        raise SpecDecodeError(
+            f"The experiment's name {name!r} must be 1 to 63 lower-case letters, digits or inner hyphens:"
+            " it becomes a folder, a label and part of job names.",
+            "Give another with -e experiment=.",
+        )
+    work_dir = os.path.normpath(settings["work_dir"])
+    bundle = os.path.join(work_dir, name, "spec-decode")
+    slug = values["slug"]
+    experiment: dict[str, Any] = {
+        "name": name,
+        "slug": slug,
+        "method": method,
+        "bundle": bundle,
+        "drafts_dir": os.path.join(os.path.normpath(settings["drafts_dir"]), slug),
+        "target": plan["target"],
+        "chat_template": settings["chat_template"],
+        "chat_template_file": settings["chat_template_file"],
+        "aux_layers": values["aux_layers"],
+        "served_layers": values["served_layers"],
+        "num_speculative_tokens": values["num_speculative_tokens"],
+        "engine_python": os.path.normpath(settings["engine_python"]),
+        "engine": settings["engine"]["versions"],
+        "job": settings["job"],
+        "dataset": settings["dataset"],
+        "training": {"steps": settings["train_steps"], **settings["training"]},
+        "serving": settings["serving"],
+    }
+    _check_serving(settings["serving"])
+    experiment["recipe"] = _recipe(experiment, plan, settings)
+    experiment["jobs"] = _jobs(experiment)
+    experiment["documents"] = _documents(experiment, plan)
+    experiment["derivation"] = plan["derivation"]
+    return experiment
+
+
+def _check_serving(serving: dict[str, Any]) -> None:
+    if serving["trials"] < 1 or serving["prompts"] < 1 or not serving["concurrencies"]:
+        raise SpecDecodeError(
+            "Measuring needs at least one trial, one prompt and one concurrency.",
+            "Mend spec_trials, spec_prompts or spec_concurrencies.",
+        )
+
+
+def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """The variables of the recipe, as texts: the site's first, then the experiment's own."""
+    site = {str(key): str(value) for key, value in settings["job"]["environment"].items()}
+    bad = [key for key in site if not VARIABLE.match(key)]
+    if bad:
+        raise SpecDecodeError(f"{bad[0]!r} is no name of an environment variable.", "Mend spec_job_environment.")
+    slug, method = experiment["slug"], experiment["method"]
+    return {
+        **site,
+        "ENGINE_PYTHON": experiment["engine_python"],
+        "TARGET_MODEL_PATH": experiment["target"]["path"],
+        "TARGET_SHA": experiment["target"]["sha"],
+        "METHOD": method,
+        "AUX_LAYERS": ",".join(map(str, experiment["aux_layers"])),
+        "CHAT_TEMPLATE": experiment["chat_template"],
+        "CHAT_TEMPLATE_FILE": experiment["chat_template_file"],
+        "DRAFT_CONFIG": f"configs/{slug}-{method}.json",
+        "DATASET_CONFIG": "configs/dataset.json",
+        "TRAIN_CONFIG": f"configs/{slug}-train.yaml",
+        "ARMS_PLAN": "configs/arms.json",
+        "MAX_LENGTH": str(experiment["dataset"]["max_length"]),
+        "CAPTURE_BATCH_TOKENS": str(settings["capture_batch_tokens"]),
+        "EMBEDDING_KEY": plan["values"]["embedding_key"],
+        "DRAFTS_DIR": experiment["drafts_dir"],
+        "LOAD_CHECK": json.dumps(_load_check(experiment)),
+        **{str(key): str(value) for key, value in experiment["serving"]["server_environment"].items()},
+    }
+
+
+def _load_check(experiment: dict[str, Any]) -> list[str]:
+    return [
+        experiment["engine_python"], "load_draft.py", "--target-model-path", experiment["target"]["path"],
+        "--draft", "{draft}", "--speculative-config", json.dumps(_speculative(experiment, None)),
+        "--server-arguments", json.dumps(experiment["serving"]["server_arguments"]),
+    ]  # fmt: skip
+
+
+def _speculative(experiment: dict[str, Any], model: str | None) -> dict[str, Any]:
+    config = {"method": experiment["method"], "num_speculative_tokens": experiment["num_speculative_tokens"]}
+    return {**config, "model": model} if model else config
+
+
+def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each phase's job: its script, the variables and the files that its work depends on, and its result."""
+    bundle, recipe = experiment["bundle"], experiment["recipe"]
+    table: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+        "dataset": (
+            "prepare-data",
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE"),
+            ("configs/dataset.json",),
+        ),
+        "capture": (
+            "capture",
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "AUX_LAYERS", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE", "MAX_LENGTH"),
+            ("data/manifest.json",),
+        ),
+        "train": (
+            "train",
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "AUX_LAYERS"),
+            (recipe["TRAIN_CONFIG"], recipe["DRAFT_CONFIG"], "features/manifest.json"),
+        ),
+        "convert": (
+            "convert",
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "AUX_LAYERS", "EMBEDDING_KEY", "DRAFTS_DIR", "LOAD_CHECK"),
+            (recipe["DRAFT_CONFIG"], "train/manifest.json"),
+        ),
+        "validate": ("eval", ("TARGET_SHA",), (recipe["ARMS_PLAN"], "data/manifest.json", "results/draft.json")),
+    }
+    results = {"validate": "acceptance"}
+    return {
+        phase: {
+            "script": f"{bundle}/slurm/{script}.sbatch",
+            "environment": {name: recipe[name] for name in names},
+            "inputs": [f"{bundle}/{path}" for path in inputs]
+            + ([str(source["path"]) for source in experiment["dataset"]["sources"]] if phase == "dataset" else []),
+            "result": f"{bundle}/results/{results.get(phase, phase)}.json",
+        }
+        for phase, (script, names, inputs) in table.items()
+    }
+
+
+def _documents(experiment: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's files that are data: path below the bundle → content."""
+    import yaml
+
+    slug, bundle, serving = experiment["slug"], experiment["bundle"], experiment["serving"]
+    training = {key: value for key, value in experiment["training"].items() if key != "steps"}
+    train = run_config(
+        plan,
+        run_id=experiment["name"],
+        draft_config=f"{bundle}/configs/{slug}-{experiment['method']}.json",
+        features=f"{bundle}/features",
+        output=f"{bundle}/train",
+        chat_template=experiment["chat_template"],
+        max_length=experiment["dataset"]["max_length"],
+        max_steps=experiment["training"]["steps"],
+        training=training,
+    )
+    arms = {
+        "model": slug,
+        "target": experiment["target"],
+        "prompts": {"path": f"{bundle}/data/eval.jsonl", "count": serving["prompts"]},
+        "max_tokens": serving["max_tokens"],
+        "temperature": serving["temperature"],
+        "seed": experiment["dataset"]["seed"],
+        "warmup": serving["warmup"],
+        "trials": serving["trials"],
+        "concurrencies": serving["concurrencies"],
+        "ports": serving["ports"],
+        "startup_timeout_s": serving["startup_timeout_s"],
+        "server_arguments": serving["server_arguments"],
+        "server_environment": {key: str(value) for key, value in serving["server_environment"].items()},
+        "arms": [
+            {"name": "standing", "speculative_config": serving["standing_config"] or None},
+            {"name": "trained", "speculative_config": _speculative(experiment, "{draft}")},
+        ],
+    }
+    documents: dict[str, Any] = {
+        f"configs/{slug}-{each}.json": plan["draft_configs"][each] for each in METHODS if each in plan["draft_configs"]
+    }
+    documents["configs/dataset.json"] = experiment["dataset"]
+    # By way of JSON: inside Ansible these are its own kinds of list and text, which YAML's serializer refuses.
+    documents[f"configs/{slug}-train.yaml"] = yaml.safe_dump(json.loads(json.dumps(train)), sort_keys=False)
+    documents["configs/arms.json"] = arms
+    stated = {key: value for key, value in experiment.items() if key not in ("recipe", "jobs", "documents")}
+    documents["experiment.json"] = {
+        **stated, "derivation": plan["derivation"], "parameters_sha256": sha256_value(stated),
+    }  # fmt: skip
+    return documents
+
+
+def parameters_table(experiment: dict[str, Any]) -> list[str]:
+    """The parameters stated back, a line each, for a terminal of 80 columns."""
+    target = experiment["target"]
+    method = experiment["method"]
+    served = experiment["served_layers"]
+    lines = {
+        "experiment": experiment["name"],
+        "target": f"{target['path']} ({target['architecture']}, {target['parameters'] / 1e6:.1f} M parameters)",
+        "method": f"{method}, K = {experiment['num_speculative_tokens']}",
+        "aux layers": f"{experiment['aux_layers']} ({experiment['derivation']['aux_layers']['rule']}); vLLM's ids: {served}",
+        "chat template": experiment["chat_template"],
+        "data": f"{experiment['dataset']['train']} rows to train, {experiment['dataset']['eval']} held out"
+        + (", in the target's own words" if experiment["dataset"]["regenerate"] else ""),
+        "training": f"{experiment['training']['steps']} steps",
+        "measured": f"{experiment['serving']['trials']} trials an arm, {experiment['serving']['prompts']} prompts,"
+        f" concurrency {', '.join(map(str, experiment['serving']['concurrencies']))}",
+        "engine": ", ".join(f"{name} {version}" for name, version in experiment["engine"].items() if version),
+        "bundle": experiment["bundle"],
+    }
+    return [f"{name:<14} {value}" for name, value in lines.items()]

@@ -1,0 +1,208 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The gates between phases: figures judged against thresholds. Fail closed; private to the collection."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable
+
+from . import verdict
+from .errors import SpecDecodeError
+
+Evidence = dict[str, Any]
+Thresholds = dict[str, Any]
+
+
+@dataclasses.dataclass
+class GateResult:
+    """Whether a gate is green, the figures it looked at, and for a red one why and what to do."""
+
+    passed: bool
+    figures: dict[str, Any]
+    reasons: list[str]
+    cause: str = ""
+    remedy: str = ""
+
+    def message(self, gate: str) -> str:
+        """A red gate as one text for a person."""
+        return f"The {gate} gate is red: {'; '.join(self.reasons)}. Likely cause: {self.cause} Next: {self.remedy}"
+
+
+def evaluate(gate: str, evidence: Evidence, thresholds: Thresholds | None = None) -> GateResult:
+    """Judge ``evidence`` (documents by name). A document or figure that is missing is a red gate, not an error."""
+    if gate not in GATES:
+        raise SpecDecodeError(f"There is no gate {gate!r}.", f"Choose one of {', '.join(sorted(GATES))}.")
+    try:
+        return GATES[gate](evidence, thresholds or {})
+    except (KeyError, TypeError, IndexError) as error:
+        return GateResult(
+            False,
+            {},
+            [f"the evidence lacks {error}" if isinstance(error, KeyError) else f"the evidence is malformed ({error})"],
+            "The phase did not finish, or another version wrote its result.",
+            "Run the phase again.",
+        )
+
+
+def preflight(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """Every check must be green."""
+    checks = evidence["preflight"]["checks"]
+    red = [check for check in checks if not check["ok"]]
+    return GateResult(
+        not red and bool(checks),
+        {"checks": len(checks), "red": len(red)},
+        [f"{check['name']}: {check['reason']}" for check in red] or ([] if checks else ["nothing was checked"]),
+        "The target, the engines or the machine do not fit what is asked.",
+        " ".join(check["remedy"] for check in red if check["remedy"]),
+    )
+
+
+def dataset(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """The expected count; every row renders; the loss mask covers assistant tokens only and is never empty."""
+    found = evidence["dataset"]
+    rows = found["counts"]["train"] + found["counts"]["eval"]
+    allowed = float(thresholds.get("max_mask_outside_fraction", 0.0)) * rows
+    reasons = [
+        f"{found['counts'][part]} {part} rows instead of {found['expected'][part]}"
+        for part in ("train", "eval")
+        if found["counts"][part] != found["expected"][part]
+    ]
+    for name, words in (
+        ("rows_failed", "rows do not render through the chat template"),
+        ("empty_masks", "rows have an empty loss mask"),
+        ("overlap_train_eval", "eval prompts are in the training data too"),
+    ):
+        if found[name]:
+            reasons.append(f"{found[name]} {words}")
+    if found["mask_outside_assistant"] > allowed:
+        reasons.append(f"in {found['mask_outside_assistant']} rows the loss mask is not just the assistant's words")
+    if not found["supervised_span"].strip():
+        reasons.append("the loss mask covers no text at all: training loss would stay zero")
+    return GateResult(
+        not reasons,
+        {
+            "rows": found["counts"],
+            "tokens": found["tokens"],
+            "supervised_share": round(found["supervised_tokens"] / max(1, found["tokens"]), 3),
+            "supervised_span": found["supervised_span"],
+        },
+        reasons,
+        "the chat template does not match the target's own, or the data are not conversations.",
+        "Compare the supervised span with the conversation; choose another chat_template or mend the data.",
+    )
+
+
+def capture(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """Every sample has its file with the derived layers, all finite, and the probe reproduces the target."""
+    found, probe = evidence["capture"], evidence["capture"]["probe"]
+    tolerance = probe["tolerance"]
+    reasons = []
+    if found["samples"]["written"] != found["samples"]["expected"]:
+        reasons.append(f"{found['samples']['written']} of {found['samples']['expected']} samples are captured and whole")
+    wanted = thresholds.get("layers", found["layers"])
+    if found["layers"] != wanted:
+        reasons.append(f"captured at layers {found['layers']} instead of {wanted}")
+    if found["nonfinite"]:
+        reasons.append(f"{found['nonfinite']} samples hold NaN or infinite values")
+    if found["shape_errors"]:
+        reasons.append(f"{len(found['shape_errors'])} samples have another shape, the first {found['shape_errors'][0]}")
+    if not probe["samples"]:
+        reasons.append("the capture probe looked at no sample")
+    head = probe["lm_head_argmax_agreement"]
+    if head is not None and head < float(thresholds.get("min_head_agreement", 0.999)):
+        reasons.append(f"the LM head on the captured last state names the target's next token in {head:.1%} of positions")
+    if probe["aux_max_abs_diff"] > tolerance:
+        reasons.append(f"captured aux states differ from the target's own by {probe['aux_max_abs_diff']:.3f}, relative")
+    return GateResult(
+        not reasons,
+        {
+            "samples": found["samples"],
+            "layers": found["layers"],
+            "tokens": found["tokens"],
+            "gigabytes": round(found["bytes"] / 1e9, 3),
+            "probe": probe,
+            "tokens_per_s": found["throughput"]["tokens_per_s"],
+        },
+        reasons,
+        "files were lost or damaged, or the hooks sit on other modules than the layers.",
+        "Run again: what is missing is captured anew. If the probe stays red, use the SGLang capture backend.",
+    )
+
+
+def training(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """The loss fell, the first position's accuracy is not degenerate, nothing was NaN."""
+    found = evidence["train"]
+    first, last = found["first"], found["last"]
+    least = float(thresholds.get("min_accuracy", 0.5))
+    accuracy = last.get("acc_0", last.get("acc"))
+    reasons = []
+    if found["steps"] < found["max_steps"]:
+        reasons.append(f"training stopped at step {found['steps']} of {found['max_steps']}")
+    if found["nonfinite_steps"]:
+        reasons.append(f"{found['nonfinite_steps']} logged steps hold NaN or infinite values")
+    if not (math.isfinite(last["loss"]) and 0 < last["loss"] < first["loss"]):
+        reasons.append(f"the loss did not fall: {first['loss']:.3f} at first, {last['loss']:.3f} at last")
+    if accuracy is None or accuracy < least:
+        shown = "unknown" if accuracy is None else f"{accuracy:.2f}"
+        reasons.append(f"the accuracy at the first position is {shown}, below {least:g}")
+    return GateResult(
+        not reasons,
+        {"steps": found["steps"], "loss": [first["loss"], last["loss"]], "accuracy": accuracy, "accs": last.get("accs", [])},
+        reasons,
+        "an empty or misplaced loss mask, too few steps, or features that do not belong to this target.",
+        "See the supervised span of the dataset gate and the curve in train/*/metrics.jsonl; healthy runs reach 0.6 and up.",
+    )
+
+
+def artifact(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """Every tensor as the loader wants it, the layers in the right convention, and vLLM loads it."""
+    found = evidence["convert"]
+    reasons = list(found["problems"])
+    if not found["load_checked"]:
+        reasons.append("nothing tried to load the draft")
+    elif not found["loads"] and not found["problems"]:
+        reasons.append(f"vLLM does not load it: {found['load_error']}")
+    shift = 1 if found["method"] == "eagle3" else 0
+    if found["layers_served"] != [layer + shift for layer in found["layers_captured"]]:
+        reasons.append(
+            f"trained on layers {found['layers_captured']}, but served on {found['layers_served']} in vLLM's convention"
+        )
+    return GateResult(
+        not reasons,
+        {
+            "draft_dir": found["draft_dir"],
+            "sha": found["sha"],
+            "tensors": len(found["tensors"]),
+            "parameters": found["parameters"],
+            "layers_captured": found["layers_captured"],
+            "layers_served": found["layers_served"],
+        },
+        reasons,
+        "the export and the serving vLLM do not belong together.",
+        "See the convert job's log; check the draft config and vLLM's version.",
+    )
+
+
+def acceptance(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """A verdict was reached from whole evidence. Its decision, ship or not, is a figure, not the gate's colour."""
+    judged = verdict.judge(
+        evidence["acceptance"],
+        thresholds,
+        convert=evidence.get("convert"),
+        train=evidence.get("train"),
+        dataset=evidence.get("dataset"),
+    )
+    return GateResult(True, judged, judged["reasons"])
+
+
+GATES: dict[str, Callable[[Evidence, Thresholds], GateResult]] = {
+    "preflight": preflight,
+    "dataset": dataset,
+    "capture": capture,
+    "training": training,
+    "artifact": artifact,
+    "acceptance": acceptance,
+}

@@ -1,0 +1,109 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A verdict as people read it: table rows, one-line contexts, and the fact for the inventory. Pure; private."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, str]
+
+
+def verdict_fact(verdict: dict[str, Any], experiment: dict[str, Any]) -> dict[str, Any]:
+    """What the inventory keeps of a verdict: enough to act on, with what it holds for."""
+    trained = verdict["arms"]["trained"]
+    return {
+        "decision": verdict["decision"],
+        "tier": verdict["tier"],
+        "tier_reasons": verdict["tier_reasons"],
+        "acceptance_length": round(trained["acceptance_length"] or 1.0, 3),
+        "speedup_tpot": round(verdict["speedup_tpot"], 3),
+        "tpot_ms": {name: round(arm["tpot_ms"]["median"], 3) for name, arm in verdict["arms"].items()},
+        "speculative_config": trained["speculative_config"],
+        "target": experiment["target"]["path"],
+        "method": experiment["method"],
+        "holds_for": verdict["expiry"]["holds_for"],
+        "context": verdict["context"]["trained"],
+        "measured_at": verdict["measured_at"],
+        "report": f"{experiment['bundle']}/report.md",
+    }
+
+
+def arm_rows(verdict: dict[str, Any]) -> list[Row]:
+    """One row for each arm at each concurrency."""
+    rows = []
+    for shape in verdict["shapes"]:
+        for name, arm in shape["arms"].items():
+            tpot = arm["tpot_ms"]
+            rows.append(
+                {
+                    "concurrency": str(shape["concurrency"]),
+                    "arm": name,
+                    "speculation": speculation(arm["speculative_config"]),
+                    "acceptance_length": number(arm["acceptance_length"], 2),
+                    "per_position": " ".join(f"{rate:.2f}" for rate in arm["acceptance_per_position"]) or "–",
+                    "tpot": f"{tpot['median']:.2f} ± {tpot['std']:.2f}",
+                    "ttft": f"{arm['ttft_ms']['median']:.1f}",
+                    "throughput": f"{arm['output_tokens_per_s']['median']:.0f}",
+                    "trials": str(len(tpot["trials"])),
+                }
+            )
+    return rows
+
+
+def speculation(config: dict[str, Any] | None) -> str:
+    """A speculative config in two words."""
+    if not config:
+        return "none"
+    return f"{config.get('method', 'unknown')} K={config.get('num_speculative_tokens', '?')}"
+
+
+def context_line(context: dict[str, Any]) -> str:
+    """A whole descriptor as one sentence."""
+    identity, parallel, serving = context["identity"], context["parallelism"], context["serving"]
+    load, stack, ground = context["workload"], context["stack"], context["grounding"]
+    return (
+        f"{identity['model']} ({identity['dtype']}, quantisation {identity['quantization'] or 'none'}, KV cache"
+        f" {identity['kv_cache_dtype']}) on {identity['hardware_count']} × {identity['hardware']};"
+        f" TP {parallel['tensor']}, DP {parallel['data']}, PP {parallel['pipeline']}, EP {parallel['expert']};"
+        f" cudagraph_mode {serving['cudagraph_mode']}, eager {serving['enforce_eager']},"
+        f" max-num-seqs {serving['max_num_seqs']}, batched tokens {serving['max_num_batched_tokens']},"
+        f" max length {serving['max_model_len']}, memory {serving['gpu_memory_utilization']},"
+        f" async scheduling {serving['async_scheduling']}, prefix caching {serving['prefix_caching']};"
+        f" {load['prompts']} prompts, {load['input_tokens_mean']} tokens in and {load['output_tokens_mean']} out on average,"
+        f" concurrency {load['concurrency']}, temperature {load['temperature']},"
+        f" {'warm' if context['regime']['warm'] else 'cold'}; {stack['engine']} {stack['version']},"
+        f" {stack['client']}; {ground['trials']} trials on {ground['same_node']}, rigor {ground['rigor']}"
+    )
+
+
+def number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def verdict_table(verdict: dict[str, Any]) -> list[str]:
+    """The end of a play: the arms, the decision and what comes next, in lines for a terminal."""
+    header: Row = {
+        "arm": "arm", "speculation": "speculation", "concurrency": "conc.", "acceptance_length": "accepted",
+        "tpot": "TPOT ms", "ttft": "TTFT ms", "throughput": "tokens/s",
+    }  # fmt: skip
+    rows = [header, *arm_rows(verdict)]
+    widths = {key: max(len(row[key]) for row in rows) for key in header}
+    lines = ["  ".join(row[key].ljust(widths[key]) for key in header).rstrip() for row in rows]
+    rates = verdict["arms"]["trained"]["acceptance_per_position"]
+    lines += [
+        "",
+        f"accepted by position: {' '.join(f'{rate:.2f}' for rate in rates)}",
+        f"TPOT speed-up {verdict['speedup_tpot']:.2f}, greedy outputs "
+        f"{'equal' if verdict['shapes'][0]['texts_equal'] else 'differ'}",
+        f"{verdict['tier']}: {verdict['decision']}",
+        *(f"  because {reason}" for reason in verdict["reasons"]),
+        *(f"  {verdict['diagnosis']}" for _ in [0] if verdict["diagnosis"]),
+        *(f"  a DRAFT since {reason}" for reason in verdict["tier_reasons"]),
+    ]
+    if verdict["next_levers"]:
+        lever = verdict["next_levers"][0]
+        lines.append(f"next lever: {lever['lever']}: {lever['expected']}")
+    lines.append(f"context: {context_line(verdict['context']['trained'])}")
+    return lines

@@ -1,0 +1,152 @@
+#!/usr/bin/python
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: draft_plan
+short_description: Derive everything about a draft from its target's own files, and check it
+version_added: "0.1.0"
+description:
+  - Reads a target's checkpoint folder and derives the aux layers, the draft config and all else that a draft needs,
+    each value with its source and rule. Explicit values win.
+  - Asks the engine's Python what it has installed, and checks that target, template, data and disk fit together.
+author:
+  - inference.spec_decode contributors (@inference-spec-decode)
+options:
+  target:
+    description: Folder of the target's checkpoint.
+    type: path
+    required: true
+  method:
+    description: Kind of draft to train, V(eagle3) or V(dflash).
+    type: str
+    required: true
+  overrides:
+    description:
+      - Values that win over what is derived. C(aux_layers), C(mask_token_id), C(num_speculative_tokens),
+        C(embedding_key), C(lm_head_key), and C(draft), fields of the draft config. Empty values are ignored.
+    type: dict
+    default: {}
+  engine_python:
+    description: Python interpreter that has vLLM and SpecForge.
+    type: path
+    required: true
+  chat_template:
+    description: Name of the chat template in SpecForge's registry.
+    type: str
+    required: true
+  chat_template_file:
+    description: JSON file with the fields of a chat template that SpecForge does not know.
+    type: str
+    default: ""
+  work_dir:
+    description: Folder that will hold the experiment.
+    type: path
+    required: true
+  sources:
+    description: Data sources, each with C(path), C(layout) and C(weight).
+    type: list
+    elements: dict
+    default: []
+  rows:
+    description: Number of training rows, for the estimate of disk space.
+    type: int
+    default: 0
+  max_length:
+    description: Longest row in tokens, for the estimate of disk space.
+    type: int
+    default: 2048
+  temperature:
+    description: Temperature of the evaluation.
+    type: float
+    default: 0.0
+attributes:
+  check_mode:
+    description: Reads only.
+    support: full
+  diff_mode:
+    description: Nothing is changed.
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Derive an EAGLE3 draft
+  inference.spec_decode.draft_plan:
+    target: /models/base
+    method: eagle3
+    engine_python: /opt/engine/bin/python
+    chat_template: qwen
+    work_dir: /work
+  register: plan
+"""
+
+RETURN = r"""
+plan:
+  description: Derived values, draft configs by method, and the derivation of each.
+  returned: always
+  type: dict
+engine:
+  description: Versions and chat templates that the engine's Python has.
+  returned: always
+  type: dict
+checks:
+  description: What was checked, each with C(name), C(ok), C(reason) and C(remedy).
+  returned: always
+  type: list
+  elements: dict
+"""
+
+from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, preflight  # noqa: E402
+from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts  # noqa: E402
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
+
+
+def run(params: dict) -> dict:
+    """The plan and its checks."""
+    plan = derive.plan(params["target"], params["method"], params["overrides"])
+    engine = engine_facts(params["engine_python"])
+    checks = preflight.checks(
+        plan,
+        engine,
+        chat_template=params["chat_template"],
+        chat_template_file=params["chat_template_file"],
+        work_dir=params["work_dir"],
+        sources=params["sources"],
+        rows=params["rows"],
+        max_length=params["max_length"],
+        temperature=params["temperature"],
+    )
+    return {"changed": False, "plan": plan, "engine": engine, "checks": checks}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "target": {"type": "path", "required": True},
+            "method": {"type": "str", "required": True},
+            "overrides": {"type": "dict", "default": {}},
+            "engine_python": {"type": "path", "required": True},
+            "chat_template": {"type": "str", "required": True},
+            "chat_template_file": {"type": "str", "default": ""},
+            "work_dir": {"type": "path", "required": True},
+            "sources": {"type": "list", "elements": "dict", "default": []},
+            "rows": {"type": "int", "default": 0},
+            "max_length": {"type": "int", "default": 2048},
+            "temperature": {"type": "float", "default": 0.0},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(**run(module.params))
+    except SpecDecodeError as error:
+        module.fail_json(msg=str(error))
+
+
+if __name__ == "__main__":
+    main()
