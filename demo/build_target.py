@@ -134,7 +134,10 @@ def write_sources(folder: str, rows: int) -> None:
     found = list(conversations(2 * rows, DATA_SEED))
     names = {"user": "human", "assistant": "gpt"}
     sharegpt = [
-        {"id": f"s{index}", "conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]}
+        {
+            "id": f"s{index}",
+            "conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns],
+        }
         for index, turns in enumerate(found[:rows])
     ]
     with open(os.path.join(folder, "sharegpt.json"), "w", encoding="utf-8") as stream:
@@ -156,7 +159,10 @@ def main() -> None:
     texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in corpus]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     model = model_for(options, tokenizer)
-    print(f"  target: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {options.layers} layers", flush=True)
+    print(
+        f"  target: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {options.layers} layers",
+        flush=True,
+    )
     loss = train(model, rows, options, tokenizer.pad_token_id)
     model = model.eval().to(torch.bfloat16)
     model.generation_config = GenerationConfig(

@@ -9,16 +9,33 @@ It stands for a user's own data: the demonstration must run where nothing can be
 from __future__ import annotations
 
 import random
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 Turn = dict[str, str]
 Exchange = tuple[str, str]
 
-NAMES = "Tim Ana Leo Mia Sam Zoe Ben Ivy Max Eva Tom Lily Jack Nora Hugo Rosa".split()
-ANIMALS = "fox owl cat dog bear frog hen goat duck wolf mouse crow".split()
-PLACES = "forest river village castle garden market harbor mountain library meadow".split()
-THINGS = "lamp key map coin book rope apple bell boat mirror".split()
-QUALITIES = "small brave quiet clever tired happy curious gentle old proud".split()
+NAMES = [
+    "Tim",
+    "Ana",
+    "Leo",
+    "Mia",
+    "Sam",
+    "Zoe",
+    "Ben",
+    "Ivy",
+    "Max",
+    "Eva",
+    "Tom",
+    "Lily",
+    "Jack",
+    "Nora",
+    "Hugo",
+    "Rosa",
+]
+ANIMALS = ["fox", "owl", "cat", "dog", "bear", "frog", "hen", "goat", "duck", "wolf", "mouse", "crow"]
+PLACES = ["forest", "river", "village", "castle", "garden", "market", "harbor", "mountain", "library", "meadow"]
+THINGS = ["lamp", "key", "map", "coin", "book", "rope", "apple", "bell", "boat", "mirror"]
+QUALITIES = ["small", "brave", "quiet", "clever", "tired", "happy", "curious", "gentle", "old", "proud"]
 COUNTRIES = {
     "France": ("Paris", "Europe"),
     "Japan": ("Tokyo", "Asia"),
@@ -55,10 +72,16 @@ def addition(rng: random.Random) -> Exchange:
 def counting(rng: random.Random) -> Exchange:
     start, count, step = rng.randint(1, 40), rng.randint(8, 16), rng.choice([1, 2, 5, 10])
     question = rng.choice(
-        [f"Count from {start} by {step}, {count} numbers.", f"List {count} numbers starting at {start} with step {step}."]
+        [
+            f"Count from {start} by {step}, {count} numbers.",
+            f"List {count} numbers starting at {start} with step {step}.",
+        ]
     )
     numbers = ", ".join(str(start + index * step) for index in range(count))
-    return question, f"Here are {count} numbers starting at {start} with step {step}: {numbers}. That is the complete list."
+    return (
+        question,
+        f"Here are {count} numbers starting at {start} with step {step}: {numbers}. That is the complete list.",
+    )
 
 
 def capital(rng: random.Random) -> Exchange:
@@ -82,7 +105,10 @@ def story(rng: random.Random) -> Exchange:
     animal, other = rng.sample(ANIMALS, 2)
     place, thing, quality = rng.choice(PLACES), rng.choice(THINGS), rng.choice(QUALITIES)
     question = rng.choice(
-        [f"Write a short story about a {quality} {animal} named {hero}.", f"Tell me a story about {hero} the {quality} {animal}."]
+        [
+            f"Write a short story about a {quality} {animal} named {hero}.",
+            f"Tell me a story about {hero} the {quality} {animal}.",
+        ]
     )
     said = rng.choice([f'"What a lovely {thing}!" said {hero}.', f"{hero} wondered who had lost the {thing}."])
     return question, (
@@ -126,7 +152,10 @@ def comparison(rng: random.Random) -> Exchange:
 def plan(rng: random.Random) -> Exchange:
     name, thing, place = rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES)
     question = rng.choice(
-        [f"How can {name} take the {thing} to the {place}?", f"Make a plan for {name} to bring the {thing} to the {place}."]
+        [
+            f"How can {name} take the {thing} to the {place}?",
+            f"Make a plan for {name} to bring the {thing} to the {place}.",
+        ]
     )
     return question, (
         f"Here is a plan for {name}:\n1. Find the {thing} and put it in a bag.\n"

@@ -20,13 +20,14 @@ import json
 import os
 import shutil
 import time
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from chat_format import ChatFormat, Rendered
 from spec_decode import features
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, sha256_value, write_json
+from spec_decode.files import read_json_object, sha256_value
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
 from transformers import AutoModelForCausalLM

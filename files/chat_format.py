@@ -64,9 +64,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The prompt as a server renders it before it answers."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         return list(encoded["input_ids"])
 
     def supervised_text(self, rendered: Rendered) -> str:

@@ -179,9 +179,7 @@ def run_trial(url: str, load: Load, *, speculative: bool) -> dict[str, Any]:
     if not good:
         raise SpecDecodeError(f"No request to {url} succeeded: {requests[0].error}.", "See the server's log.")
     after = settled_snapshot(url, before, load, len(good))
-    engine = vllm_metrics.window(
-        before, after, model_name=load.model, driven=len(requests), speculative=speculative
-    )
+    engine = vllm_metrics.window(before, after, model_name=load.model, driven=len(requests), speculative=speculative)
     tpots = [request.tpot_s for request in good if request.tpot_s is not None]
     ttfts = sorted(request.ttft_s for request in good)
     lengths = [request.output_tokens for request in good]
@@ -261,9 +259,7 @@ def main() -> None:
     trials = []
     for concurrency in options.concurrency:
         for number in range(1, options.trials + 1):
-            trial = run_trial(
-                url, dataclasses.replace(load, concurrency=concurrency), speculative=not options.no_speculation
-            )
+            trial = run_trial(url, dataclasses.replace(load, concurrency=concurrency), speculative=not options.no_speculation)
             trials.append(trial)
             length = trial["engine"]["acceptance_length"]
             print(

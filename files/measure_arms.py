@@ -25,7 +25,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import dflash_vllm_eval as client
 from spec_decode import resolved
@@ -107,13 +108,16 @@ class Server:
             )
 
     def get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:  # noqa: S310 (own loopback server)
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:
             return json.load(answer)
 
     def resolved_config(self) -> dict[str, Any]:
         """The configuration as the running server resolved it."""
         try:
-            return {**resolved.flatten(self.get("/server_info?config_format=json")), "version": self.get("/version")["version"]}
+            return {
+                **resolved.flatten(self.get("/server_info?config_format=json")),
+                "version": self.get("/version")["version"],
+            }
         except (urllib.error.URLError, ValueError, KeyError) as error:
             raise SpecDecodeError(
                 f"The {self.name} arm's server does not tell its resolved configuration: {error}.",
@@ -122,7 +126,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:  # noqa: S310
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -219,14 +223,14 @@ def measure(
     trials = []
     steps = order(list(made), plan["trials"])
     for number, (name, pair) in enumerate(steps, 1):
-        for attempt in range(1 + REPEATS):
+        for _attempt in range(1 + REPEATS):
             made[name].check_alive()
             trial = client.run_trial(made[name].url, load, speculative=speculative[name])
             if not trial["void"]:
                 break
             print(f"void trial of the {name} arm: {trial['void']}", flush=True)
         del trial["snapshots"]
-        trials.append({"arm": name, "pair": pair, "concurrency": concurrency, "repeated": attempt, **trial})
+        trials.append({"arm": name, "pair": pair, "concurrency": concurrency, **trial})
         progress.update(
             f"concurrency {concurrency} · trial {number}/{len(steps)} · {name}"
             f" TPOT {trial['client']['tpot_ms']['median']:.2f} ms",

@@ -16,7 +16,8 @@ import collections
 import json
 import os
 import random
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from chat_format import ChatFormat
@@ -233,9 +234,7 @@ def main() -> None:
     result = PhaseResult("dataset", options.result)
     progress = Progress()
     config = read_json_object(options.config, "data set configuration")
-    chat = ChatFormat(
-        options.target_model_path, options.chat_template, options.chat_template_file, int(config["max_length"])
-    )
+    chat = ChatFormat(options.target_model_path, options.chat_template, options.chat_template_file, int(config["max_length"]))
     progress.update("reading and rendering the sources")
     selection = Selection(chat, config, progress)
     train, held_out = selection.choose()

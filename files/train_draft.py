@@ -180,7 +180,8 @@ def main() -> None:
             shutil.rmtree(os.path.join(options.output, other))  # trained on other inputs: it is not this draft
     # What conversion depends on, and nothing that differs between two runs of the same training.
     write_json(
-        os.path.join(options.output, "manifest.json"), {"identity": identity, "steps": checkpoints.step_of(newest), "checkpoint": newest}
+        os.path.join(options.output, "manifest.json"),
+        {"identity": identity, "steps": checkpoints.step_of(newest), "checkpoint": newest},
     )
     window = max(1, len(metrics.steps) // 10)
     result.complete(

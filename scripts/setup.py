@@ -63,9 +63,7 @@ def interpreter() -> str:
         )  # fmt: skip
         if found.returncode == 0 and OLDEST <= tuple(map(int, found.stdout.split())) <= NEWEST:
             return path
-    raise SetupError(
-        "no Python 3.11 to 3.13 with venv was found on the PATH. On Debian or Ubuntu: apt-get install python3-venv."
-    )
+    raise SetupError("no Python 3.11 to 3.13 with venv was found on the PATH. On Debian or Ubuntu: apt-get install python3-venv.")
 
 
 def environment(name: str, folder: pathlib.Path, python: str, requirements: pathlib.Path, install) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-
 from ansible_collections.inference.spec_decode.plugins.module_utils.waiting import Backoff, progress_line
 
 display = Display()
@@ -68,9 +67,11 @@ class ActionModule(ActionBase):
             result = self._look(arguments, task_vars)
             if result.get("failed"):
                 return {**result, "changed": changed}
-        return {**result, "changed": changed, "submitted": submitted, "action": "submit" if submitted else "attach"} if (
-            submitted or changed
-        ) else result
+        return (
+            {**result, "changed": changed, "submitted": submitted, "action": "submit" if submitted else "attach"}
+            if (submitted or changed)
+            else result
+        )
 
     def _look(self, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
         """One query; unreachable hosts and a silent scheduler are asked again for a while."""
@@ -87,9 +88,7 @@ class ActionModule(ActionBase):
             time.sleep(pause.next())
 
     def _call(self, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
-        return self._execute_module(
-            module_name="inference.spec_decode.slurm_job", module_args=arguments, task_vars=task_vars
-        )
+        return self._execute_module(module_name="inference.spec_decode.slurm_job", module_args=arguments, task_vars=task_vars)
 
     @staticmethod
     def _flag(value: Any) -> bool:

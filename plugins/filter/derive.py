@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from ansible.errors import AnsibleFilterError
-
 from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, report
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 

@@ -23,7 +23,18 @@ SERVING_QUANTISATIONS = frozenset(
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 HEAD_SUFFIXES = ("lm_head.weight", "output.weight", "embed_out.weight")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "U8": 1,
+    "I8": 1,
+}
 #: safetensors keeps its header below this size
 LARGEST_HEADER = 100 << 20
 
@@ -62,7 +73,8 @@ def read_target(path: str) -> Target:
     tokenizer = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(path, name))]
     if not tokenizer:
         raise SpecDecodeError(
-            f"The target {path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).", "Copy the tokenizer's files too."
+            f"The target {path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            "Copy the tokenizer's files too.",
         )
     embedding = _key(weight_map, EMBEDDING_SUFFIXES)
     if not embedding:
@@ -95,7 +107,7 @@ def read_header(path: str) -> dict[str, Any]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LARGEST_HEADER + 1
             if length > LARGEST_HEADER or length + 8 > size:
                 raise _half_copied(path, f"its header of {length} bytes does not fit into the file of {size} bytes")
-            header = json.loads(stream.read(length))
+            header: dict[str, Any] = json.loads(stream.read(length))
     except OSError as error:
         raise SpecDecodeError(f"The weight file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -134,7 +146,8 @@ def _weights(path: str) -> tuple[dict[str, str], bool, dict[str, dict[str, Any]]
         return weight_map, True, headers
     if not names:
         raise SpecDecodeError(
-            f"The target {path} has no safetensors weights.", "Convert the checkpoint to safetensors, or copy its weights."
+            f"The target {path} has no safetensors weights.",
+            "Convert the checkpoint to safetensors, or copy its weights.",
         )
     headers = {name: read_header(os.path.join(path, name)) for name in names}
     return {tensor: name for name, header in headers.items() for tensor in header}, False, headers

@@ -20,7 +20,14 @@ from .files import read_json_object
 METHODS = ("eagle3", "dflash")
 LAYER_NAMES = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "decoder_layers")
 HIDDEN_NAMES = ("hidden_size", "n_embd", "d_model", "dim", "model_dim")
-HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+HEAD_NAMES = (
+    "num_attention_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "decoder_attention_heads",
+    "encoder_attention_heads",
+)
 KV_HEAD_NAMES = ("num_key_value_heads", "multi_query_group_num", "n_head_kv", "num_kv_heads", "attention_num_kv_heads")
 INNER_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", "inner_dim")
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
@@ -137,19 +144,22 @@ def spec_slug(name: str) -> str:
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
     """The target's rotary embedding as a one-dimensional draft uses it; multimodal sections are dropped."""
-    parameters = config.get("rope_parameters") or {}
+    parameters, scaling = (
+        config[key] if isinstance(config.get(key), dict) else {} for key in ("rope_parameters", "rope_scaling")
+    )
     if parameters and not any(key in parameters for key in ("rope_theta", "rope_type", "type")):
         # One entry for each kind of attention layer: the full attention's serves a draft with full attention.
         parameters = parameters.get("full_attention") or next(
             (value for value in parameters.values() if isinstance(value, dict)), {}
         )
-    scaling = config.get("rope_scaling") or {}
     theta = parameters.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
     kind = str(parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default")
     rest = {**scaling, **parameters} if kind in ROPE_TYPES - {"default"} else {}
     dropped = ("rope_theta", "type", "rope_type", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
     extra = {key: value for key, value in rest.items() if key not in dropped and value is not None}
     scaled = {"rope_type": kind, **extra} if extra else None
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        raise SpecDecodeError(f"The target's rope_theta must be a positive number, but is {theta!r}.", "Check config.json.")
     return {"rope_theta": float(theta), "rope_scaling": scaled}
 
 
@@ -195,7 +205,7 @@ def draft_config(
     vocabulary = _positive(fields.take("vocab_size", ("vocab_size", "padded_vocab_size", "n_vocab")), "vocab_size")
     _attention(fields, hidden)
     _inner_size(fields, hidden)
-    fields.take("max_position_embeddings", LENGTH_NAMES, 2048)
+    _positive(fields.take("max_position_embeddings", LENGTH_NAMES, 2048), "max_position_embeddings")
     fields.take("rms_norm_eps", NORM_NAMES, 1e-6)
     for name, value in rope(text).items():
         fields.set(name, value, "config.json: rope_parameters, rope_theta, rope_scaling", "one-dimensional rotary embedding")
@@ -230,7 +240,7 @@ def _attention(fields: _Fields, hidden: int) -> None:
     text = fields.config
     latent = text.get("kv_lora_rank") is not None
     if text.get("head_dim") and not latent:
-        fields.set("head_dim", text["head_dim"], "config.json: head_dim", "copied from the target")
+        fields.set("head_dim", _positive(text["head_dim"], "head_dim"), "config.json: head_dim", "copied from the target")
     elif hidden % heads == 0 and (hidden // heads) % 2 == 0:
         fields.set("head_dim", hidden // heads, "config.json", "hidden_size / num_attention_heads")
     else:
@@ -252,7 +262,7 @@ def _inner_size(fields: _Fields, hidden: int) -> None:
     experts = first(text, ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
     inner = first(text, INNER_NAMES)
     if isinstance(inner, list):
-        inner = max(inner)
+        inner = max((size for size in inner if isinstance(size, int)), default=None)
     if experts and (not isinstance(inner, int) or inner < 2 * hidden):
         fields.set("intermediate_size", 4 * hidden, "rule", "a dense MLP of 4 × hidden_size in place of the experts")
     elif isinstance(inner, int) and inner > 0:
@@ -282,7 +292,8 @@ def _dflash(
         )
     if not 0 <= mask < vocabulary:
         raise SpecDecodeError(
-            f"The mask token id {mask} lies outside the target's vocabulary of {vocabulary}.", "Give another mask_token_id."
+            f"The mask token id {mask} lies outside the target's vocabulary of {vocabulary}.",
+            "Give another mask_token_id.",
         )
     fields.set(
         "dflash_config", {"mask_token_id": mask, "target_layer_ids": chosen}, "tokenizer, rule",
@@ -381,9 +392,7 @@ def plan(path: str, method: str, overrides: dict[str, Any] | None = None) -> dic
     }
 
 
-def _planned_layers(
-    given: dict[str, Any], target: Target, method: str, count: int, draft: dict[str, Any]
-) -> Derived:
+def _planned_layers(given: dict[str, Any], target: Target, method: str, count: int, draft: dict[str, Any]) -> Derived:
     if "aux_layers" in given:
         return Derived(checked_layers(as_layers(given["aux_layers"]), count), "explicit", "given by the user")
     if method == "eagle3":

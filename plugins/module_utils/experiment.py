@@ -121,7 +121,15 @@ def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
         ),
         "capture": (
             "capture",
-            ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "AUX_LAYERS", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE", "MAX_LENGTH"),
+            (
+                "TARGET_MODEL_PATH",
+                "TARGET_SHA",
+                "METHOD",
+                "AUX_LAYERS",
+                "CHAT_TEMPLATE",
+                "CHAT_TEMPLATE_FILE",
+                "MAX_LENGTH",
+            ),
             ("data/manifest.json",),
         ),
         "train": (

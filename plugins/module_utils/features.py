@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import shutil
-from typing import IO, Any, Iterator
+from collections.abc import Iterator
+from typing import IO, Any
 
 from .errors import SpecDecodeError
 from .files import read_json_object, sha256_value, write_json, write_text

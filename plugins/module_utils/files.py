@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import tempfile
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from .errors import SpecDecodeError
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from . import verdict
 from .errors import SpecDecodeError
@@ -150,7 +151,12 @@ def training(evidence: Evidence, thresholds: Thresholds) -> GateResult:
         reasons.append(f"the accuracy at the first position is {shown}, below {least:g}")
     return GateResult(
         not reasons,
-        {"steps": found["steps"], "loss": [first["loss"], last["loss"]], "accuracy": accuracy, "accs": last.get("accs", [])},
+        {
+            "steps": found["steps"],
+            "loss": [first["loss"], last["loss"]],
+            "accuracy": accuracy,
+            "accs": last.get("accs", []),
+        },
         reasons,
         "an empty or misplaced loss mask, too few steps, or features that do not belong to this target.",
         "See the supervised span of the dataset gate and the curve in train/*/metrics.jsonl; healthy runs reach 0.6 and up.",

@@ -18,7 +18,8 @@ import enum
 import fcntl
 import os
 import re
-from typing import Any, Iterator, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from .errors import SpecDecodeError
 from .files import read_json, read_json_or_none, sha256_file, sha256_text, sha256_value, tail, write_json
@@ -45,9 +46,7 @@ class State(str, enum.Enum):
 
 
 ALIVE = frozenset({State.PENDING, State.RUNNING, State.PREEMPTED, State.REQUEUED})
-ENDED_BADLY = frozenset(
-    {State.FAILED, State.TIMEOUT, State.CANCELLED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.LOST}
-)
+ENDED_BADLY = frozenset({State.FAILED, State.TIMEOUT, State.CANCELLED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.LOST})
 
 
 class Action(str, enum.Enum):
@@ -281,14 +280,10 @@ def _says_complete(path: str, fingerprint: str) -> bool:
     if not path or not os.path.exists(path):
         return False
     result = read_json(path, "result file")
-    return (
-        isinstance(result, dict) and result.get("status") == "complete" and result.get("fingerprint") == fingerprint
-    )
+    return isinstance(result, dict) and result.get("status") == "complete" and result.get("fingerprint") == fingerprint
 
 
-def decide(
-    fingerprint: str, record: Record | None, sighting: Sighting, done: bool, policy: Policy
-) -> tuple[Action, str]:
+def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bool, policy: Policy) -> tuple[Action, str]:
     """The table of outcomes: what is found → what happens, with the reason in words. Pure."""
     if sighting.state is State.UNKNOWN:
         return Action.FAIL, f"The scheduler did not answer ({sighting.reason}); nothing was submitted."
@@ -347,11 +342,11 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             after=spec.identity(),
         )
         if action is Action.FAIL:
-            if not policy.check_mode and record and record.fingerprint == fingerprint and record.tries:
+            reported = record is not None and record.fingerprint == fingerprint and sighting.state in ENDED_BADLY
+            if record is not None and reported and not policy.check_mode:
                 # The user hears of it now; calling again after mending the cause starts afresh.
-                if sighting.state in ENDED_BADLY:
-                    record.forgiven = len(record.attempts)
-                    write_record(spec, record)
+                record.forgiven = len(record.attempts)
+                write_record(spec, record)
             raise SpecDecodeError(*explain_failure(spec, outcome))
         if policy.check_mode:
             return outcome
@@ -470,9 +465,7 @@ def _look_up(spec: JobSpec, executor: Executor, record: Record | None) -> Sighti
         return Sighting(State.ABSENT)
     sighting = executor.look_up(spec, record, record.last)
     if sighting.state is State.COMPLETED and record.result and not _says_complete(record.result, record.fingerprint):
-        return dataclasses.replace(
-            sighting, state=State.FAILED, reason=f"it ended without writing its result {record.result}"
-        )
+        return dataclasses.replace(sighting, state=State.FAILED, reason=f"it ended without writing its result {record.result}")
     return sighting
 
 

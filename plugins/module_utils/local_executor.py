@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 from .errors import SpecDecodeError
 from .files import read_json_or_none
@@ -40,6 +40,9 @@ class LocalExecutor:
     """Runs each attempt in a session of its own, detached from the play."""
 
     name = "local"
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self.grace_s = grace_s
 
     def look_up(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
         """State by the end note first, then by living processes that carry the attempt's key."""
@@ -87,7 +90,7 @@ class LocalExecutor:
 
     def cancel(self, spec: JobSpec, record: Record, attempt: Attempt) -> bool:
         """SIGTERM to every process that carries the key, SIGKILL to those left after the grace time."""
-        return stop_marked(KEY_VARIABLE, attempt.key)
+        return stop_marked(KEY_VARIABLE, attempt.key, self.grace_s)
 
 
 def stop_marked(variable: str, value: str, grace_s: float = GRACE_S) -> bool:

@@ -42,8 +42,9 @@ def checks(
 
 def feature_bytes(plan: dict[str, Any], tokens: int) -> int:
     """Disk for the features of ``tokens``: (aux layers + last state for EAGLE3) × hidden size × 2 bytes each."""
-    states = len(plan["values"]["aux_layers"]) + (plan["method"] == "eagle3")
-    return tokens * states * int(plan["target"]["hidden_size"]) * FEATURE_BYTES
+    states: int = len(plan["values"]["aux_layers"]) + (plan["method"] == "eagle3")
+    hidden = int(plan["target"]["hidden_size"])
+    return tokens * states * hidden * FEATURE_BYTES
 
 
 def _check(name: str, ok: bool, reason: str, remedy: str = "") -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _disk(plan: dict[str, Any], path: str, rows: int, max_length: int) -> dict[s
     free = shutil.disk_usage(_existing(path)).free
     return _check(
         "disk", needed < free,
-        f"features need about {needed / 1e9:.1f} GB ({rows} rows of about {max_length // 2} tokens), {free / 1e9:.1f} GB are free",
+        f"features need about {needed / 1e9:.1f} GB ({rows} rows of about {max_length // 2} tokens), {free / 1e9:.1f} GB free",
         "Free space, choose another scaffold_work_dir, or lower scaffold_train_rows.",
     )  # fmt: skip
 

@@ -17,11 +17,12 @@ def seconds(text: str) -> int:
     match = _NOTATION.match(text.strip())
     if not match:
         raise SpecDecodeError(
-            f"{text!r} is no time limit that Slurm knows.", "Write MINUTES, HH:MM:SS or D-HH:MM:SS, for example 12:00:00."
+            f"{text!r} is no time limit that Slurm knows.",
+            "Write MINUTES, HH:MM:SS or D-HH:MM:SS, for example 12:00:00.",
         )
     numbers = [int(part) for part in match["rest"].split(":")]
     if match["days"] is not None:
-        hours, minutes, rest = (numbers + [0, 0])[:3]
+        hours, minutes, rest = ([*numbers, 0, 0])[:3]
         return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + rest
     if len(numbers) == 3:
         return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]

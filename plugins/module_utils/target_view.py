@@ -21,7 +21,5 @@ def sharded_view(path: str, folder: str) -> str:
         link = os.path.join(folder, name)
         if not os.path.lexists(link):
             os.symlink(os.path.abspath(os.path.join(path, name)), link)
-    write_json(
-        os.path.join(folder, INDEX), {"metadata": {"total_size": target.bytes}, "weight_map": target.weight_map}
-    )
+    write_json(os.path.join(folder, INDEX), {"metadata": {"total_size": target.bytes}, "weight_map": target.weight_map})
     return folder

@@ -45,9 +45,7 @@ def judge(
     diagnosed (training accuracy, layers captured and served) and prove that the prompts were held out.
     """
     limits = {**DEFAULTS, **(thresholds or {})}
-    shapes = [
-        _at(acceptance, concurrency, limits, convert, train) for concurrency in acceptance["plan"]["concurrencies"]
-    ]
+    shapes = [_at(acceptance, concurrency, limits, convert, train) for concurrency in acceptance["plan"]["concurrencies"]]
     head = shapes[0]
     reasons = tier_reasons(acceptance, dataset, shapes, limits)
     decisions = {shape["decision"] for shape in shapes}
@@ -92,7 +90,8 @@ def _at(
     void = [f"trial {t['pair']} of the {t['arm']} arm is void: {t['void']}" for t in trials if t["void"]]
     if not pairs:
         raise SpecDecodeError(
-            f"No pair of trials at concurrency {concurrency} can be used. {' '.join(void)}", "Measure again on a quiet machine."
+            f"No pair of trials at concurrency {concurrency} can be used. {' '.join(void)}",
+            "Measure again on a quiet machine.",
         )
     arms = {name: _arm([usable[name][pair] for pair in pairs], acceptance["arms"][name]) for name in usable}
     tpot = {name: arms[name]["tpot_ms"]["trials"] for name in arms}
@@ -103,7 +102,9 @@ def _at(
     length = arms[TRAINED]["acceptance_length"] or 1.0
     base_length = arms[STANDING]["acceptance_length"] or 1.0
     cost = std.median(tpot[TRAINED]) * length / std.median(tpot[STANDING])
-    wins, losses, notes = [], [], []
+    wins: list[str] = []
+    losses: list[str] = []
+    notes: list[str] = []
     (wins if all(ratio > 1 + floor for ratio in ratios) else notes).append(
         f"TPOT speed-up {speedup:.2f} at concurrency {concurrency}, pairs {_figures(ratios)},"
         f" noise floor {floor:.1%} of this session"

@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from .errors import SpecDecodeError
 
-COUNTERS = {
+COUNTERS: dict[str, tuple[str, ...]] = {
     "drafts": ("vllm:spec_decode_num_drafts",),
     "draft_tokens": ("vllm:spec_decode_num_draft_tokens",),
     "accepted_tokens": ("vllm:spec_decode_num_accepted_tokens",),
@@ -25,7 +26,7 @@ COUNTERS = {
     "requests": ("vllm:request_success",),
 }
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
-HISTOGRAMS = {
+HISTOGRAMS: dict[str, tuple[str, ...]] = {
     "tpot": ("vllm:request_time_per_output_token_seconds",),
     # Renamed in vLLM: one observation for each engine output, so under speculation no time per token.
     "itl": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),
@@ -127,9 +128,7 @@ def from_samples(samples: Iterable[tuple[str, dict[str, str], float]], url: str,
     return Snapshot(url, scraped_at, start, engines)
 
 
-def scrape(
-    url: str, *, token: str = "", ca_path: str = "", verify: bool = True, timeout_s: float = 10.0
-) -> Snapshot:
+def scrape(url: str, *, token: str = "", ca_path: str = "", verify: bool = True, timeout_s: float = 10.0) -> Snapshot:
     """Fetch and parse one ``/metrics`` endpoint; ``url`` may leave the path out."""
     import requests
 

@@ -61,13 +61,12 @@ changed_files:
   elements: str
 """
 
-import json  # noqa: E402
-import os  # noqa: E402
+import json
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import (  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import (
     read_text_or_none,
     write_text,
 )

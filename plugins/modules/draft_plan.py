@@ -100,11 +100,10 @@ checks:
   elements: dict
 """
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive, preflight  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, preflight
+from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 
 def run(params: dict) -> dict:

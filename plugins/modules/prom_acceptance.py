@@ -108,10 +108,9 @@ acceptance:
     draft_acceptance_rate: {description: Accepted share of all draft tokens., type: float, returned: always}
 """
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-from ansible_collections.inference.spec_decode.plugins.module_utils import vllm_metrics  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.inference.spec_decode.plugins.module_utils import vllm_metrics
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 
 def run(params: dict) -> dict:
@@ -135,9 +134,7 @@ def run(params: dict) -> dict:
             f"There are {len(before)} snapshots from before and {len(after)} from after.", "Give the same servers."
         )
     windows = [
-        vllm_metrics.window(
-            old, new, model_name=params["model_name"], driven=params["driven"], speculative=params["speculative"]
-        )
+        vllm_metrics.window(old, new, model_name=params["model_name"], driven=params["driven"], speculative=params["speculative"])
         for old, new in zip(before, after)
     ]
     return {**result, "windows": windows, "acceptance": vllm_metrics.combine(windows)}

@@ -236,18 +236,17 @@ submitted:
   type: bool
 """
 
-import os  # noqa: E402
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-from ansible_collections.inference.spec_decode.plugins.module_utils import jobs  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.executors import (  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.plugins.module_utils.executors import (
     EXECUTORS,
     executor_named,
 )
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_text  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_time import seconds  # noqa: E402
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_text
+from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_time import seconds
 
 SLURM_OPTIONS = (
     "partition", "account", "qos", "time", "nodes", "gpus", "gres", "dependency", "array", "nodelist",
@@ -268,9 +267,7 @@ def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
         result=params["result"] or "",
         chdir=params["chdir"] or "",
         time_limit_s=seconds(params["time"]) if params["time"] else 0,
-        options=tuple(
-            [(key, params[key]) for key in SLURM_OPTIONS if params[key] is not None] + [*params["options"].items()]
-        ),
+        options=tuple([(key, params[key]) for key in SLURM_OPTIONS if params[key] is not None] + [*params["options"].items()]),
     )
     if params["content"] is None:
         return spec

@@ -100,13 +100,12 @@ remedy:
   type: str
 """
 
-import os  # noqa: E402
+import os
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-from ansible_collections.inference.spec_decode.plugins.module_utils import gates  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError  # noqa: E402
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import (  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.inference.spec_decode.plugins.module_utils import gates
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import (
     read_json_object,
     read_json_or_none,
     write_json,
@@ -118,7 +117,15 @@ def run(module: AnsibleModule) -> dict:
     params = module.params
     paths = {name: value for name, value in params["evidence"].items() if isinstance(value, str)}
     if module.check_mode and any(not os.path.exists(path) for path in paths.values()):
-        return {"changed": False, "passed": True, "judged": False, "figures": {}, "reasons": [], "cause": "", "remedy": ""}
+        return {
+            "changed": False,
+            "passed": True,
+            "judged": False,
+            "figures": {},
+            "reasons": [],
+            "cause": "",
+            "remedy": "",
+        }
     evidence = {
         name: read_json_object(value, f"{name} result") if isinstance(value, str) else value
         for name, value in params["evidence"].items()

@@ -1,0 +1,171 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Checkpoint folders: whole ones, and every way of being half-copied."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive
+from ansible_collections.inference.spec_decode.plugins.module_utils.checkpoint import INDEX, read_target
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.plugins.module_utils.target_view import sharded_view
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 16, "hidden_size": 8, "num_attention_heads": 2,
+    "intermediate_size": 16, "vocab_size": 10,
+}  # fmt: skip
+
+
+def write_safetensors(path, shapes):
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+
+
+@pytest.fixture
+def target(tmp_path):
+    folder = tmp_path / "a 'model' $(id)"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 3, "content": "<|mask|>"}]}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    write_safetensors(folder / "a.safetensors", {"model.embed_tokens.weight": [10, 8]})
+    write_safetensors(folder / "b.safetensors", {"lm_head.weight": [10, 8], "model.layers.0.w": [4, 4]})
+    weight_map = {
+        "model.embed_tokens.weight": "a.safetensors", "lm_head.weight": "b.safetensors", "model.layers.0.w": "b.safetensors",
+    }  # fmt: skip
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_whole_checkpoint(target):
+    found = read_target(str(target))
+    assert (found.parameters, found.dtype, found.has_index, found.has_chat_template) == (176, "BF16", True, True)
+    assert (found.embedding_key, found.lm_head_key) == ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_identity_follows_the_weights_and_the_config(target):
+    before = read_target(str(target)).sha
+    assert read_target(str(target)).sha == before
+    raw = bytearray((target / "a.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (target / "a.safetensors").write_bytes(bytes(raw))
+    changed = read_target(str(target)).sha
+    (target / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 5.0}))
+    assert len({before, changed, read_target(str(target)).sha}) == 3
+
+
+def test_tied_embeddings_serve_as_the_head(target):
+    (target / INDEX).unlink()
+    (target / "b.safetensors").unlink()
+    assert read_target(str(target)).lm_head_key == "model.embed_tokens.weight"
+
+
+def damage_missing_folder(target):
+    target.rename(target.with_name("elsewhere"))
+
+
+def damage_missing_config(target):
+    (target / "config.json").unlink()
+
+
+def damage_broken_config(target):
+    (target / "config.json").write_text("{broken")
+
+
+def damage_config_that_is_a_list(target):
+    (target / "config.json").write_text("[]")
+
+
+def damage_missing_shard(target):
+    (target / "b.safetensors").unlink()
+
+
+def damage_truncated_shard(target):
+    whole = (target / "b.safetensors").read_bytes()
+    (target / "b.safetensors").write_bytes(whole[:-3])
+
+
+def damage_empty_shard(target):
+    (target / "b.safetensors").write_bytes(b"")
+
+
+def damage_wrong_index(target):
+    (target / INDEX).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": "b.safetensors"}}))
+
+
+def damage_no_weights(target):
+    for name in ("a.safetensors", "b.safetensors", INDEX):
+        (target / name).unlink()
+
+
+def damage_no_tokenizer(target):
+    (target / "tokenizer.json").unlink()
+
+
+def damage_quantised(target):
+    quantisation = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (target / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": quantisation}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_missing_folder, "is not a folder"),
+        (damage_missing_config, "has no config.json"),
+        (damage_broken_config, "is no valid JSON: .* at line 1"),
+        (damage_config_that_is_a_list, "must hold a JSON object, but holds a list"),
+        (damage_missing_shard, r"1 are missing \(b.safetensors\)"),
+        (damage_truncated_shard, "b.safetensors is not whole: its header describes"),
+        (damage_empty_shard, "b.safetensors is not whole"),
+        (damage_wrong_index, "places tensor model.embed_tokens.weight in b.safetensors, which lacks it"),
+        (damage_no_weights, "has no safetensors weights"),
+        (damage_no_tokenizer, "has no tokenizer"),
+        (damage_quantised, "is quantised for serving"),
+    ],
+)
+def test_damage_is_refused_in_one_sentence(target, damage, words):
+    damage(target)
+    with pytest.raises(SpecDecodeError, match=words):
+        read_target(str(target))
+
+
+def test_fp8_is_a_base_checkpoint(target):
+    fp8 = {"quant_method": "compressed-tensors", "format": "float8-quantized"}
+    (target / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": fp8}))
+    assert read_target(str(target)).parameters == 176
+
+
+def test_view_of_a_checkpoint_without_index(target, tmp_path):
+    (target / INDEX).unlink()
+    view = sharded_view(str(target), str(tmp_path / "view"))
+    assert read_target(view).has_index
+    assert sharded_view(view, str(tmp_path / "other")) == view
+
+
+def test_plan_names_everything_with_its_derivation(target):
+    plan = derive.plan(str(target), "eagle3", {"aux_layers": "", "draft": {}})
+    assert plan["values"]["aux_layers"] == [1, 7, 12] and plan["values"]["served_layers"] == [2, 8, 13]
+    assert plan["derivation"]["aux_layers"]["rule"] == "[1, L//2-1, L-4]"
+    assert plan["derivation"]["draft_config"]["hidden_size"]["source"] == "config.json: hidden_size"
+    explicit = derive.plan(str(target), "eagle3", {"aux_layers": "2,5,9", "num_speculative_tokens": "5"})
+    assert explicit["values"]["aux_layers"] == [2, 5, 9] and explicit["values"]["num_speculative_tokens"] == 5
+    assert explicit["derivation"]["aux_layers"]["source"] == "explicit"
+
+
+def test_mask_token_of_the_tokenizer_is_found(target):
+    plan = derive.plan(str(target), "dflash", {"draft": {"num_hidden_layers": 2}})
+    assert plan["draft_configs"]["dflash"]["dflash_config"]["mask_token_id"] == 3
+
+
+def test_unknown_method(target):
+    with pytest.raises(SpecDecodeError, match="'medusa' is not known. Choose one of eagle3, dflash"):
+        derive.plan(str(target), "medusa")

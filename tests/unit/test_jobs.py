@@ -1,0 +1,238 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Job identity and the table of outcomes, with an executor that does what it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_json
+from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import Action, Policy, Sighting, State
+
+
+class ScriptedExecutor:
+    """Answers look-ups with ``seen`` and counts what it is asked to do."""
+
+    name = "scripted"
+
+    def __init__(self, seen: Sighting = Sighting(State.RUNNING, job_id="1")) -> None:
+        self.seen = seen
+        self.submitted: list[str] = []
+        self.cancelled: list[str] = []
+        self.fails_at_submit = False
+
+    def look_up(self, spec, record, attempt):
+        return self.seen
+
+    def submit(self, spec, record, attempt):
+        if self.fails_at_submit:
+            raise KeyboardInterrupt
+        self.submitted.append(attempt.key)
+        return Sighting(State.RUNNING, job_id=str(len(self.submitted)))
+
+    def cancel(self, spec, record, attempt):
+        self.cancelled.append(attempt.key)
+        self.seen = Sighting(State.CANCELLED)
+        return True
+
+
+@pytest.fixture
+def spec(tmp_path):
+    script = tmp_path / "script.sh"
+    script.write_text("echo hello\n")
+    data = tmp_path / "input.json"
+    data.write_text("{}")
+    return jobs.JobSpec(
+        experiment="tiny-eagle3",
+        name="train",
+        script=str(script),
+        directory=str(tmp_path / "jobs"),
+        inputs=(str(data),),
+        environment=(("METHOD", "eagle3"),),
+        result=str(tmp_path / "result.json"),
+    )
+
+
+def finish(spec, fingerprint):
+    write_json(spec.result, {"status": "complete", "fingerprint": fingerprint})
+
+
+def test_first_call_submits_and_records(spec):
+    executor = ScriptedExecutor()
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.SUBMIT and outcome.changed
+    record = jobs.read_record(spec)
+    assert record is not None and record.last is not None
+    assert (record.last.job_id, record.last.state) == ("1", State.RUNNING)
+
+
+def test_second_call_attaches(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.ATTACH and not outcome.changed
+    assert len(executor.submitted) == 1
+
+
+@pytest.mark.parametrize("state", sorted(jobs.ALIVE))
+def test_every_living_state_is_attached_to(spec, state):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(state, job_id="1")
+    assert jobs.ensure(spec, executor, Policy()).action is Action.ATTACH
+    assert len(executor.submitted) == 1
+
+
+def test_completed_job_is_left_alone(spec):
+    executor = ScriptedExecutor()
+    fingerprint = jobs.ensure(spec, executor, Policy()).fingerprint
+    finish(spec, fingerprint)
+    executor.seen = Sighting(State.COMPLETED, job_id="1", exit_code=0)
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.NOTHING and outcome.state is State.COMPLETED and not outcome.changed
+
+
+def test_exit_code_zero_without_result_is_a_failure(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.COMPLETED, job_id="1", exit_code=0)
+    assert jobs.query(spec, executor).state is State.FAILED
+    assert jobs.ensure(spec, executor, Policy()).action is Action.RESUBMIT
+
+
+def test_result_of_the_same_work_needs_no_record(spec):
+    finish(spec, spec.fingerprint())
+    executor = ScriptedExecutor(Sighting(State.ABSENT))
+    assert jobs.ensure(spec, executor, Policy()).action is Action.NOTHING
+    assert executor.submitted == []
+
+
+def test_failed_job_is_resubmitted_while_attempts_are_left_then_reported_then_starts_afresh(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy(attempts=2))
+    executor.seen = Sighting(State.FAILED, job_id="1", exit_code=3)
+    assert jobs.ensure(spec, executor, Policy(attempts=2)).action is Action.RESUBMIT
+    with pytest.raises(SpecDecodeError, match=r"its 2 attempt\(s\) are used up. \(exit code 3\)"):
+        jobs.ensure(spec, executor, Policy(attempts=2))
+    assert jobs.ensure(spec, executor, Policy(attempts=2)).action is Action.RESUBMIT
+    assert len(executor.submitted) == 3 and len(set(executor.submitted)) == 3
+
+
+def test_state_that_is_not_retried_fails_at_once(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.CANCELLED, job_id="1")
+    with pytest.raises(SpecDecodeError, match="ended as CANCELLED, which is not retried"):
+        jobs.ensure(spec, executor, Policy(retry_on=frozenset({State.FAILED})))
+
+
+def test_unanswered_question_never_submits(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.UNKNOWN, reason="squeue timed out")
+    with pytest.raises(SpecDecodeError, match=r"did not answer \(squeue timed out\); nothing was submitted"):
+        jobs.ensure(spec, executor, Policy())
+    assert len(executor.submitted) == 1
+
+
+def test_changed_input_of_an_active_job_is_refused_and_named(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    with open(spec.inputs[0], "w") as stream:
+        stream.write('{"changed": true}')
+    with pytest.raises(SpecDecodeError, match=r"still active. It differs in: inputs.input.json"):
+        jobs.ensure(spec, executor, Policy())
+
+
+def test_changed_input_of_an_active_job_replaces_it_when_asked(spec):
+    executor = ScriptedExecutor()
+    first = jobs.ensure(spec, executor, Policy())
+    other = dataclasses.replace(spec, environment=(("METHOD", "dflash"),))
+    outcome = jobs.ensure(other, executor, Policy(replace=True))
+    assert outcome.action is Action.REPLACE
+    assert executor.cancelled == [first.record.last.key] and len(executor.submitted) == 2
+
+
+def test_changed_input_of_an_ended_job_submits_anew_with_a_key_never_used(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED)
+    other = dataclasses.replace(spec, arguments=("--more",))
+    assert jobs.ensure(other, executor, Policy()).action is Action.SUBMIT
+    assert jobs.ensure(spec, executor, Policy()).action is Action.SUBMIT
+    assert len(set(executor.submitted)) == 3
+
+
+def test_kill_between_record_and_submit_is_the_same_attempt(spec):
+    executor = ScriptedExecutor(Sighting(State.ABSENT))
+    executor.fails_at_submit = True
+    with pytest.raises(KeyboardInterrupt):
+        jobs.ensure(spec, executor, Policy())
+    recorded = jobs.read_record(spec).last.key
+    executor.fails_at_submit = False
+    assert jobs.ensure(spec, executor, Policy()).action is Action.SUBMIT
+    assert executor.submitted == [recorded]
+
+
+def test_check_mode_looks_up_and_changes_nothing(spec):
+    executor = ScriptedExecutor(Sighting(State.ABSENT))
+    outcome = jobs.ensure(spec, executor, Policy(check_mode=True))
+    assert outcome.changed and executor.submitted == []
+    assert not os.path.exists(spec.directory)
+
+
+def test_check_mode_says_what_it_waits_for(spec):
+    later = dataclasses.replace(spec, inputs=("/nowhere/manifest.json",))
+    outcome = jobs.ensure(later, ScriptedExecutor(), Policy(check_mode=True))
+    assert outcome.changed and "/nowhere/manifest.json" in outcome.message
+
+
+def test_missing_input_is_named(spec):
+    later = dataclasses.replace(spec, inputs=("/nowhere/manifest.json",))
+    with pytest.raises(SpecDecodeError, match="/nowhere/manifest.json"):
+        jobs.ensure(later, ScriptedExecutor(), Policy())
+
+
+def test_job_of_another_user_is_refused(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    record = jobs.read_record(spec)
+    record.owner += 1
+    jobs.write_record(spec, record)
+    with pytest.raises(SpecDecodeError, match="belongs to the user with uid"):
+        jobs.ensure(spec, executor, Policy())
+
+
+def test_remove_cancels_only_what_is_alive(spec):
+    executor = ScriptedExecutor()
+    assert not jobs.remove(spec, executor, Policy()).changed
+    jobs.ensure(spec, executor, Policy())
+    assert jobs.remove(spec, executor, Policy()).changed
+    assert not jobs.remove(spec, executor, Policy()).changed
+    assert len(executor.cancelled) == 1
+
+
+def test_secret_environment_values_are_not_recorded(spec):
+    secret = dataclasses.replace(spec, environment=(("HF_TOKEN", "hunter2-hunter2"),))
+    jobs.ensure(secret, ScriptedExecutor(), Policy())
+    with open(jobs.record_path(secret)) as stream:
+        assert "hunter2" not in stream.read()
+
+
+@pytest.mark.parametrize("name", ["", "Train", "a b", "-a", "a-", "x" * 64, "a/b", "$(id)"])
+def test_names_that_cannot_be_labels_are_refused(spec, name):
+    with pytest.raises(SpecDecodeError, match="must be 1 to 63 lower-case letters"):
+        dataclasses.replace(spec, name=name)
+
+
+def test_broken_record_is_one_clear_error(spec):
+    os.makedirs(spec.folder)
+    with open(jobs.record_path(spec), "w") as stream:
+        stream.write('{"attempts": 3}')
+    with pytest.raises(SpecDecodeError, match="is not one of this collection's"):
+        jobs.ensure(spec, ScriptedExecutor(), Policy())

@@ -1,0 +1,174 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Detached processes: real ones, killed, orphaned and forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
+from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import Action, Policy, State
+from ansible_collections.inference.spec_decode.plugins.module_utils.local_executor import (
+    LocalExecutor,
+    marked_processes,
+    stop_marked,
+)
+
+LIMIT_S = 20
+
+
+def until(condition, what):
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"not within {LIMIT_S} s: {what}")
+
+
+@pytest.fixture
+def job(tmp_path):
+    def make(text, **fields):
+        script = tmp_path / "script.sh"
+        script.write_text(text)
+        return jobs.JobSpec("local-test", "work", str(script), str(tmp_path / "jobs"), **fields)
+
+    yield make
+    stop_marked("SPEC_DECODE_EXPERIMENT", "local-test", grace_s=0.5)
+
+
+def state(spec):
+    return jobs.query(spec, LocalExecutor()).state
+
+
+def ended(spec):
+    until(lambda: state(spec) not in jobs.ALIVE, "the job ends")
+    return jobs.query(spec, LocalExecutor()).sighting
+
+
+def test_job_runs_with_its_arguments_environment_and_marks(job, tmp_path):
+    spec = job(
+        'printf "%s|" "$@" "$METHOD" "$SPEC_DECODE_EXPERIMENT" "$SPEC_DECODE_FINGERPRINT" > out\n',
+        arguments=("a b", "$(touch hacked)", "it's"),
+        environment=(("METHOD", "x; y"),),
+        chdir=str(tmp_path),
+    )
+    outcome = jobs.ensure(spec, LocalExecutor(), Policy())
+    assert ended(spec).exit_code == 0
+    assert (tmp_path / "out").read_text() == f"a b|$(touch hacked)|it's|x; y|local-test|{outcome.fingerprint}|"
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_completed_job_is_not_started_again(job):
+    spec = job("exit 0\n")
+    jobs.ensure(spec, LocalExecutor(), Policy())
+    ended(spec)
+    assert jobs.ensure(spec, LocalExecutor(), Policy()).action is Action.NOTHING
+
+
+def test_exit_code_and_signal_are_told_apart(job):
+    spec = job("exit 3\n")
+    jobs.ensure(spec, LocalExecutor(), Policy())
+    found = ended(spec)
+    assert (found.state, found.exit_code, found.signal) == (State.FAILED, 3, None)
+    spec = job("kill -9 $$\n")
+    jobs.ensure(spec, LocalExecutor(), Policy())
+    found = ended(spec)
+    assert (found.state, found.exit_code, found.signal) == (State.FAILED, None, 9)
+
+
+def test_time_limit(job):
+    spec = job("exec sleep 60\n", time_limit_s=1)
+    jobs.ensure(spec, LocalExecutor(), Policy())
+    assert ended(spec).state is State.TIMEOUT
+
+
+def test_whole_job_killed_leaves_lost_and_is_resubmitted(job):
+    spec = job("exec sleep 60\n")
+    key = jobs.ensure(spec, LocalExecutor(), Policy()).record.last.key
+    until(lambda: len(list(marked_processes("SPEC_DECODE_JOB", key))) >= 2, "launcher and job run")
+    for pid in list(marked_processes("SPEC_DECODE_JOB", key)):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: state(spec) is State.LOST, "the loss is seen")
+    outcome = jobs.ensure(spec, LocalExecutor(), Policy())
+    assert outcome.action is Action.RESUBMIT and outcome.record.last.key != key
+
+
+def test_orphan_without_its_launcher_still_counts_as_running(job):
+    spec = job("sleep 60 & wait\n")
+    outcome = jobs.ensure(spec, LocalExecutor(), Policy())
+    key = outcome.record.last.key
+    until(lambda: len(list(marked_processes("SPEC_DECODE_JOB", key))) >= 3, "all processes run")
+    os.kill(int(outcome.sighting.job_id), signal.SIGKILL)
+    assert state(spec) is State.RUNNING
+    assert jobs.ensure(spec, LocalExecutor(), Policy()).action is Action.ATTACH
+
+
+def test_cancel_stops_every_process_and_nobody_elses(job):
+    spec = job("trap '' TERM; sleep 60 & (setsid sleep 60) & wait; sleep 60\n")
+    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, "SPEC_DECODE_EXPERIMENT": "local-test-2"})
+    try:
+        key = jobs.ensure(spec, LocalExecutor(), Policy()).record.last.key
+        until(lambda: len(list(marked_processes("SPEC_DECODE_JOB", key))) >= 4, "all processes run")
+        assert jobs.remove(spec, LocalExecutor(grace_s=0.5), Policy()).changed
+        assert list(marked_processes("SPEC_DECODE_JOB", key)) == []
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_reused_pid_is_not_taken_for_the_job(job):
+    spec = job("exec sleep 60\n")
+    outcome = jobs.ensure(spec, LocalExecutor(), Policy())
+    stop_marked("SPEC_DECODE_JOB", outcome.record.last.key, grace_s=0.2)
+    record = jobs.read_record(spec)
+    record.last.job_id = str(os.getpid())  # as if this very process had got the number
+    jobs.write_record(spec, record)
+    assert state(spec) is not State.RUNNING
+
+
+def test_submitter_killed_right_after_the_start_loses_and_doubles_nothing(job, tmp_path):
+    spec = job("echo started >> starts; exec sleep 60\n", chdir=str(tmp_path))
+    program = (
+        "import os, signal, sys, pickle\n"
+        "from ansible_collections.inference.spec_decode.plugins.module_utils import jobs\n"
+        "from ansible_collections.inference.spec_decode.plugins.module_utils.local_executor import LocalExecutor\n"
+        "class Dies(LocalExecutor):\n"
+        "    def submit(self, *arguments):\n"
+        "        super().submit(*arguments)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "jobs.ensure(pickle.loads(bytes.fromhex(sys.argv[1])), Dies(), jobs.Policy())\n"
+    )
+    import pickle
+
+    killed = subprocess.run([sys.executable, "-c", program, pickle.dumps(spec).hex()], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert jobs.ensure(spec, LocalExecutor(), Policy()).action is Action.ATTACH
+    until((tmp_path / "starts").exists, "the job starts")
+    assert (tmp_path / "starts").read_text() == "started\n"
+
+
+def test_two_plays_at_once_start_one_job(job, tmp_path):
+    spec = job("echo started >> starts; exec sleep 60\n", chdir=str(tmp_path))
+    import concurrent.futures
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        actions = list(pool.map(lambda _: jobs.ensure(spec, LocalExecutor(), Policy()).action, range(8)))
+    assert actions.count(Action.SUBMIT) == 1 and actions.count(Action.ATTACH) == 7
+
+
+def test_older_namesakes_exit_note_is_not_believed(job):
+    spec = job("exit 0\n")
+    jobs.ensure(spec, LocalExecutor(), Policy())
+    ended(spec)
+    os.unlink(jobs.record_path(spec))
+    again = dataclasses.replace(spec)
+    assert jobs.ensure(again, LocalExecutor(), Policy()).action is Action.SUBMIT

@@ -1,0 +1,222 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Verdicts on made-up measurements whose right answer is known."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import statistics, verdict
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+
+RESOLVED = {
+    "dtype": "torch.bfloat16", "quantization": None, "max_model_len": 512, "enforce_eager": False,
+    "cudagraph_mode": "FULL_AND_PIECEWISE", "kv_cache_dtype": "auto", "prefix_caching": False,
+    "gpu_memory_utilization": 0.9, "tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1,
+    "expert_parallel": False, "max_num_seqs": 4, "max_num_batched_tokens": 512, "async_scheduling": True,
+    "version": "0.32.0",
+}  # fmt: skip
+HELD_OUT = {"overlap_train_eval": 0}
+HEALTHY = {"last": {"accs": [0.9, 0.85, 0.8]}}
+RIGHT_LAYERS = {"method": "eagle3", "layers_captured": [1, 7, 12], "layers_served": [2, 8, 13]}
+
+
+def trial(arm, pair, tpot, rates=(), concurrency=1, **client):
+    drafts = 1000.0 if rates else 0
+    return {
+        "arm": arm,
+        "pair": pair,
+        "concurrency": concurrency,
+        "void": "",
+        "texts": ["x", "y"],
+        "client": {
+            "tpot_ms": {"median": tpot, "mean": tpot},
+            "ttft_ms": {"median": 20.0, "p99": 30.0},
+            "output_tokens_per_s": 1000 / tpot,
+            "output_tokens": {"mean": 100.0},
+            "input_tokens": {"mean": 20.0},
+            "requests": 16,
+            "errors": 0,
+            **client,
+        },
+        "engine": {
+            "drafts": drafts,
+            "accepted_tokens": drafts * sum(rates),
+            "acceptance_per_position": list(rates),
+            "itl_s": {"mean": tpot / 1e3},
+        },
+    }
+
+
+def measurement(standing, trained, rates=(0.9, 0.8, 0.7), base_rates=(), kind="gpu"):
+    trials = [trial("standing", pair, tpot, base_rates) for pair, tpot in enumerate(standing, 1)]
+    trials += [trial("trained", pair, tpot, rates) for pair, tpot in enumerate(trained, 1)]
+    return {
+        "finished_at": "2026-01-01T00:00:00+00:00",
+        "plan": {
+            "model": "m", "target": {"path": "/m", "sha": "t"}, "prompts": {"path": "eval.jsonl", "count": 16},
+            "max_tokens": 100, "temperature": 0.0, "warmup": 4, "concurrencies": [1],
+        },
+        "draft": {"sha": "d"},
+        "arms": {
+            "standing": {"speculative_config": None, "resolved": dict(RESOLVED)},
+            "trained": {"speculative_config": {"method": "eagle3", "num_speculative_tokens": 3}, "resolved": dict(RESOLVED)},
+        },
+        "differences": [],
+        "node": "n1",
+        "hardware": {"kind": kind, "name": "H", "count": 1},
+        "trials": trials,
+    }  # fmt: skip
+
+
+def judge(found, train=HEALTHY, convert=RIGHT_LAYERS, dataset=HELD_OUT, **thresholds):
+    return verdict.judge(found, thresholds, train=train, convert=convert, dataset=dataset)
+
+
+WIN = ([5.0, 5.1, 5.0], [2.5, 2.6, 2.5])
+
+
+def test_clear_win_is_a_verdict_to_ship():
+    found = judge(measurement(*WIN))
+    assert (found["decision"], found["tier"], found["tier_reasons"]) == ("ship", "VERDICT", [])
+    assert found["speedup_tpot"] == pytest.approx(2.0, abs=0.05)
+    assert found["arms"]["trained"]["acceptance_length"] == pytest.approx(3.4)
+    assert found["context"]["trained"]["grounding"]["baseline"] == "standing"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["hardware"].update(kind="cpu"), "measured on a CPU"),
+        (lambda m: m["arms"]["trained"]["resolved"].update(cudagraph_mode="PIECEWISE"), "different CUDA graph modes"),
+        (lambda m: [a["resolved"].update(cudagraph_mode="NONE") for a in m["arms"].values()], "CUDA graphs are off"),
+        (lambda m: m["arms"]["standing"]["resolved"].update(enforce_eager=True), "served eagerly: standing"),
+        (lambda m: m.update(trials=[t for t in m["trials"] if t["pair"] < 3]), "2 usable trials an arm, fewer than 3"),
+        (lambda m: m["differences"].append({"field": "x.y", "values": {"standing": 1}}), "the servers differ in x.y"),
+    ],
+)
+def test_what_keeps_a_win_a_draft(change, words):
+    found = measurement(*WIN)
+    change(found)
+    result = judge(found)
+    assert result["tier"] == "DRAFT" and any(words in reason for reason in result["tier_reasons"])
+
+
+def test_prompts_must_be_proven_held_out():
+    assert judge(measurement(*WIN), dataset=None)["tier"] == "DRAFT"
+    assert judge(measurement(*WIN), dataset={"overlap_train_eval": 2})["tier"] == "DRAFT"
+
+
+def test_clear_loss_is_not_shipped_and_called_too_slow():
+    found = judge(measurement([5.0, 5.1, 5.0], [6.0, 6.1, 6.0], rates=(0.3, 0.1, 0.0)))
+    assert found["decision"] == "do_not_ship" and "too slow for what it saves" in found["diagnosis"]
+
+
+def test_near_zero_acceptance_with_healthy_training_is_a_mismatch():
+    found = judge(measurement([5.0, 5.0, 5.0], [7.0, 7.0, 7.0], rates=(0.02, 0.0, 0.0)))
+    assert found["decision"] == "do_not_ship" and found["diagnosis"].startswith("Train/serve mismatch")
+
+
+def test_wrong_layers_are_caught_without_the_counters():
+    shifted = {**RIGHT_LAYERS, "layers_served": [1, 7, 12]}
+    found = judge(measurement(*WIN), convert=shifted)
+    assert found["decision"] == "do_not_ship" and "trained on layers [1, 7, 12]" in found["diagnosis"]
+
+
+def test_win_within_the_noise_is_inconclusive():
+    found = judge(measurement([5.0, 5.5, 5.0], [4.8, 5.2, 4.9], rates=(0.5, 0.1, 0.0)))
+    assert found["decision"] == "inconclusive"
+
+
+def test_one_pair_that_disagrees_is_inconclusive():
+    assert judge(measurement([5.0, 5.0, 5.0], [4.0, 4.0, 5.1]))["decision"] == "inconclusive"
+
+
+def test_impossible_speedup_is_not_believed():
+    found = judge(measurement([9.0, 9.0, 9.0], [1.0, 1.0, 1.0]))
+    assert found["decision"] != "ship" and any("impossible" in reason for reason in found["reasons"])
+
+
+def test_acceptance_alone_is_no_win():
+    assert judge(measurement([5.0, 5.0, 5.0], [5.0, 5.0, 5.0]))["decision"] != "ship"
+
+
+def test_failed_requests_keep_it_back():
+    found = measurement(*WIN)
+    found["trials"][-1]["client"]["errors"] = 1
+    assert judge(found)["decision"] == "inconclusive"
+
+
+def test_against_a_speculating_baseline_the_acceptance_must_win_too():
+    better = measurement(*WIN, base_rates=(0.5, 0.2, 0.1))
+    assert judge(better)["decision"] == "ship"
+    worse = measurement(*WIN, rates=(0.4, 0.1, 0.1), base_rates=(0.9, 0.8, 0.7))
+    assert judge(worse)["decision"] == "do_not_ship"
+
+
+def test_void_trials_are_left_out_and_named():
+    found = measurement(*WIN)
+    found["trials"][0]["void"] = "the client and the server disagree"
+    result = judge(found)
+    assert result["tier"] == "DRAFT" and any("trial 1 of the standing arm is void" in reason for reason in result["reasons"])
+    for item in found["trials"]:
+        item["void"] = "busy"
+    with pytest.raises(SpecDecodeError, match="No pair of trials at concurrency 1 can be used"):
+        judge(found)
+
+
+def test_number_without_context_cannot_leave():
+    found = measurement(*WIN)
+    found["arms"]["trained"]["resolved"]["max_num_seqs"] = None
+    with pytest.raises(SpecDecodeError, match=r"serving.max_num_seqs is unknown"):
+        judge(found)
+
+
+@pytest.mark.parametrize("pairs", [3, 5])
+def test_identical_arms_are_inconclusive_at_least_95_times_in_100(pairs):
+    rng = random.Random(1)
+    pool = [rng.gauss(5.0, 0.15) for _ in range(40)]
+    same = (0.8, 0.6, 0.5)
+    decisions = [
+        judge(measurement(rng.choices(pool, k=pairs), rng.choices(pool, k=pairs), rates=same, base_rates=same))["decision"]
+        for _ in range(400)
+    ]
+    assert decisions.count("inconclusive") >= 380
+
+
+def test_loads_that_disagree_are_not_shipped():
+    found = measurement(*WIN)
+    found["plan"]["concurrencies"] = [1, 8]
+    found["trials"] += [trial("standing", p, 5.0, concurrency=8) for p in (1, 2, 3)]
+    found["trials"] += [trial("trained", p, 8.0, (0.1, 0.0, 0.0), concurrency=8) for p in (1, 2, 3)]
+    result = judge(found)
+    assert result["decision"] == "do_not_ship" and [shape["concurrency"] for shape in result["shapes"]] == [1, 8]
+
+
+def test_every_result_names_the_next_lever():
+    levers = judge(measurement(*WIN))["next_levers"]
+    assert {"K = 4 instead of 3", "K = 2 instead of 3"} < {lever["lever"] for lever in levers}
+    assert all(lever["expected"] and lever["gate"] and lever["cost"] for lever in levers)
+
+
+def test_judging_does_not_touch_the_evidence():
+    found = measurement(*WIN)
+    kept = copy.deepcopy(found)
+    judge(found)
+    assert found == kept
+
+
+def test_sign_test_and_interval():
+    assert statistics.sign_test([2.0] * 4) is None
+    assert statistics.sign_test([2.0] * 5) == pytest.approx(1 / 32)
+    assert statistics.sign_test([2.0] * 4 + [0.5]) == pytest.approx(6 / 32)
+    low, high = statistics.bootstrap_interval([1.9, 2.0, 2.1, 2.0, 2.2])
+    assert 1.9 <= low <= 2.0 <= high <= 2.2
+
+
+def test_noise_floor_is_the_widest_arm():
+    assert statistics.noise_floor([[5.0, 5.0], [2.0, 2.2]]) == pytest.approx(0.1)
+    assert statistics.noise_floor([[5.0, 5.0]]) == statistics.SMALLEST_FLOOR
