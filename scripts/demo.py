@@ -63,9 +63,7 @@ def environment() -> dict[str, str]:
 
 def phase_times(results: pathlib.Path) -> dict[str, float]:
     """Seconds of each phase's job when it last did its work."""
-    return {
-        phase: json.loads((results / f"{name}.json").read_text())["duration_s"] for phase, name in PHASES.items()
-    }
+    return {phase: json.loads((results / f"{name}.json").read_text())["duration_s"] for phase, name in PHASES.items()}
 
 
 def show_times(phases: dict[str, float], target: float, playbook: float, timings: pathlib.Path | None) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 Row = dict[str, str]
@@ -105,5 +106,4 @@ def verdict_table(verdict: dict[str, Any]) -> list[str]:
     if verdict["next_levers"]:
         lever = verdict["next_levers"][0]
         lines.append(f"next lever: {lever['lever']}: {lever['expected']}")
-    lines.append(f"context: {context_line(verdict['context']['trained'])}")
-    return lines
+    return [*lines, *textwrap.wrap(f"context: {context_line(verdict['context']['trained'])}", 76)]
