@@ -114,13 +114,10 @@ def train(command: list[str], environment: dict[str, str], metrics: Metrics, tot
         left = (time.monotonic() - started) / max(1, seen - first) * (total - seen)
         progress.update(f"step {seen}/{total} · {headline(row)} · {clock(left)} left", seen, total)
     code = process.wait()
-    if code < 0:
-        sys.exit(128 - code)
     if code:
-        raise SpecDecodeError(
-            f"SpecForge's training ended with exit code {code} after step {seen} of {total}.",
-            "Its own message stands above in this log; checkpoints are kept and the next run goes on from there.",
-        )
+        # Not a refusal: another attempt may get further, from the newest checkpoint.
+        print(f"error: SpecForge's training ended with exit code {code} after step {seen} of {total}.", flush=True)
+        sys.exit(128 - code if code < 0 else 1)
 
 
 def parse_metrics(text: str) -> dict[str, float]:

@@ -24,6 +24,8 @@ from typing import Any, Protocol
 from .errors import SpecDecodeError
 from .files import read_json, read_json_or_none, sha256_file, sha256_text, sha256_value, tail, write_json
 
+#: exit status of a node program that refuses its input; it printed why
+REFUSED = 2
 NAME_PATTERN = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
 
 
@@ -307,6 +309,8 @@ def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bo
         return Action.NOTHING, "The job is complete."
     if sighting.state is State.ABSENT:
         return Action.SUBMIT, "The job was recorded, but never reached the scheduler."
+    if sighting.exit_code == REFUSED:
+        return Action.FAIL, "The job refused its input, which trying again does not change."
     if sighting.state not in policy.retry_on:
         return Action.FAIL, f"The job ended as {sighting.state.value}, which is not retried."
     if record.tries < policy.attempts:

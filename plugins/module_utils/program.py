@@ -13,10 +13,7 @@ from typing import Any
 
 from .errors import SpecDecodeError
 from .files import write_json
-from .jobs import now
-
-#: Exit status of a program that refuses its input; it printed why.
-REFUSED = 2
+from .jobs import REFUSED, now
 
 
 def run(main: Callable[[], None]) -> None:

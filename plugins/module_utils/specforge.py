@@ -64,7 +64,8 @@ def run_config(
             "torch_dtype": "bfloat16",
             "embedding_key": plan["values"]["embedding_key"],
             "lm_head_key": plan["values"]["lm_head_key"],
-            "aux_hidden_state_layer_ids": plan["values"]["aux_layers"],
+            # DFlash reads its layers from the draft config alone and refuses a second source.
+            **({"aux_hidden_state_layer_ids": plan["values"]["aux_layers"]} if method == "eagle3" else {}),
         },
         "data": {
             "hidden_states_path": features,

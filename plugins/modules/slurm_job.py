@@ -135,7 +135,7 @@ options:
     description: Slurm cluster, where several are known.
     type: str
   options:
-    description: More C(sbatch) options by their long names without dashes, for example V({"mem": "64G"}).
+    description: More C(sbatch) options by their long names without dashes, such as C(mem) or C(constraint).
     type: dict
     default: {}
   wait:

@@ -131,6 +131,15 @@ def test_state_that_is_not_retried_fails_at_once(spec):
         jobs.ensure(spec, executor, Policy(retry_on=frozenset({State.FAILED})))
 
 
+def test_refused_input_is_not_tried_again(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED, job_id="1", exit_code=jobs.REFUSED)
+    with pytest.raises(SpecDecodeError, match="refused its input, which trying again does not change"):
+        jobs.ensure(spec, executor, Policy())
+    assert len(executor.submitted) == 1
+
+
 def test_unanswered_question_never_submits(spec):
     executor = ScriptedExecutor()
     jobs.ensure(spec, executor, Policy())
