@@ -11,7 +11,7 @@ module: slurm_job
 short_description: Submit a job exactly once, find it again, wait for it
 version_added: "0.1.0"
 description:
-  - Brings a batch job to the state "active or complete", on Slurm or as a detached process of the machine.
+  - Brings a batch job to the state "active or complete", as a detached process of the managed host.
   - A job is known by O(experiment), O(name) and a fingerprint over its script, O(arguments), O(environment)
     and O(inputs). Running the task again attaches to the active job, does nothing for a complete one, and submits
     only where nothing is found or the work changed. A scheduler that does not answer is never taken for "no job".
@@ -67,10 +67,12 @@ options:
     description: Working folder of the job. The folder of its record if not given.
     type: path
   executor:
-    description: Where jobs run, as Slurm jobs or as detached processes of the managed host.
+    description:
+      - Where jobs run. V(local) runs them as detached processes of the managed host.
+      - The options that describe a Slurm job are ignored by V(local), but for O(time), which it keeps.
     type: str
-    choices: [local, slurm]
-    default: slurm
+    choices: [local]
+    default: local
   attempts:
     description:
       - How often the job may be submitted before its failure is reported. Once reported, running the task
@@ -325,7 +327,7 @@ def main() -> None:
             "inputs": {"type": "list", "elements": "path", "default": []},
             "result": {"type": "path"},
             "chdir": {"type": "path"},
-            "executor": {"type": "str", "choices": list(EXECUTORS), "default": "slurm"},
+            "executor": {"type": "str", "choices": list(EXECUTORS), "default": "local"},
             "attempts": {"type": "int", "default": 3},
             "retry_on": {
                 "type": "list",
