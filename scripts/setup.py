@@ -138,16 +138,26 @@ def link_tree() -> None:
 
 def pip(folder: pathlib.Path, *arguments: str) -> None:
     call(
-        [str(folder / "bin/pip"), "install", "--quiet", "--disable-pip-version-check", "--no-input", *arguments],
+        [str(folder / "bin/pip"), "install", "--disable-pip-version-check", "--no-input", "--progress-bar=off", *arguments],
         "install packages",
     )
 
 
 def call(command: list[str], what: str) -> None:
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        lines = [line for line in found.stderr.strip().splitlines() if not line.startswith("WARNING")]
-        raise SetupError(f"could not {what}: {' / '.join(lines[-3:])}")
+    """Run a command; every 25 packages that pip has got hold of make a line of progress."""
+    started, collected, last = time.monotonic(), 0, []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if not line.startswith("WARNING"):
+            last = [*last[-3:], line.strip()]
+        collected += line.startswith("Collecting ")
+        if line.startswith("Collecting ") and collected % 25 == 0:
+            say(f"  {collected} packages collected ({time.monotonic() - started:.0f} s)")
+        if line.startswith("Installing collected packages"):
+            say(f"  unpacking {collected} packages ({time.monotonic() - started:.0f} s)")
+    if process.wait():
+        raise SetupError(f"could not {what}: {' / '.join(last)}")
 
 
 if __name__ == "__main__":

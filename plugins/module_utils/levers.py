@@ -21,7 +21,7 @@ def frontier(
     """Levers with expected unlock, cost and the gate that would prove or refute each; the largest unlock first."""
     rates = arms[TRAINED]["acceptance_per_position"]
     length = arms[TRAINED]["acceptance_length"]
-    if not rates or length is None:
+    if not rates:
         return []
     levers = [*_draft_length(rates, length, cost, speedup), *_training(rates, length, speedup, train)]
     if cost is not None:

@@ -18,7 +18,7 @@ def verdict_fact(verdict: dict[str, Any], experiment: dict[str, Any]) -> dict[st
         "decision": verdict["decision"],
         "tier": verdict["tier"],
         "tier_reasons": verdict["tier_reasons"],
-        "acceptance_length": round(trained["acceptance_length"] or 1.0, 3),
+        "acceptance_length": round(trained["acceptance_length"], 3),
         "speedup_tpot": round(verdict["speedup_tpot"], 3),
         "tpot_ms": {name: round(arm["tpot_ms"]["median"], 3) for name, arm in verdict["arms"].items()},
         "speculative_config": trained["speculative_config"],
@@ -42,7 +42,7 @@ def arm_rows(verdict: dict[str, Any]) -> list[Row]:
                     "concurrency": str(shape["concurrency"]),
                     "arm": name,
                     "speculation": speculation(arm["speculative_config"]),
-                    "acceptance_length": number(arm["acceptance_length"], 2),
+                    "acceptance_length": f"{arm['acceptance_length']:.2f}" if arm["drafts"] else "–",
                     "per_position": " ".join(f"{rate:.2f}" for rate in arm["acceptance_per_position"]) or "–",
                     "tpot": f"{tpot['median']:.2f} ± {tpot['std']:.2f}",
                     "ttft": f"{arm['ttft_ms']['median']:.1f}",
@@ -79,10 +79,6 @@ def context_line(context: dict[str, Any]) -> str:
     )
 
 
-def number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def verdict_table(verdict: dict[str, Any]) -> list[str]:
     """The end of a play: the arms, the decision and what comes next, in lines for a terminal."""
     header: Row = {
@@ -96,8 +92,7 @@ def verdict_table(verdict: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"accepted by position: {' '.join(f'{rate:.2f}' for rate in rates)}",
-        f"TPOT speed-up {verdict['speedup_tpot']:.2f}, greedy outputs "
-        f"{'equal' if verdict['shapes'][0]['texts_equal'] else 'differ'}",
+        f"TPOT speed-up {verdict['speedup_tpot']:.2f}, greedy outputs {'equal' if verdict['greedy_outputs_equal'] else 'differ'}",
         f"{verdict['tier']}: {verdict['decision']}",
         *(f"  because {reason}" for reason in verdict["reasons"]),
         *(f"  {verdict['diagnosis']}" for _ in [0] if verdict["diagnosis"]),

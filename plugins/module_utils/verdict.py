@@ -59,6 +59,7 @@ def judge(
         "diagnosis": next((shape["diagnosis"] for shape in shapes if shape["diagnosis"]), ""),
         "arms": head["arms"],
         "speedup_tpot": head["speedup_tpot"],
+        "greedy_outputs_equal": all(shape["texts_equal"] for shape in shapes),
         "shapes": shapes,
         "next_levers": head["next_levers"],
         "context": head["context"],
@@ -98,9 +99,8 @@ def _at(
     ratios = [before / after for before, after in zip(tpot[STANDING], tpot[TRAINED])]
     floor = noise_floor(list(tpot.values()))
     speedup = std.median(ratios)
-    baseline_speculates = arms[STANDING]["acceptance_length"] is not None
-    length = arms[TRAINED]["acceptance_length"] or 1.0
-    base_length = arms[STANDING]["acceptance_length"] or 1.0
+    baseline_speculates = arms[STANDING]["drafts"] > 0
+    length, base_length = arms[TRAINED]["acceptance_length"], arms[STANDING]["acceptance_length"]
     cost = std.median(tpot[TRAINED]) * length / std.median(tpot[STANDING])
     wins: list[str] = []
     losses: list[str] = []
@@ -156,7 +156,9 @@ def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
     client = [trial["client"] for trial in trials]
     return {
         "speculative_config": arm["speculative_config"],
-        "acceptance_length": 1 + sum(e.get("accepted_tokens", 0) for e in engines) / drafts if drafts else None,
+        "drafts": drafts,
+        # Without speculation every step yields the one token that the target computes: 1 by definition.
+        "acceptance_length": 1 + sum(e.get("accepted_tokens", 0) for e in engines) / drafts if drafts else 1.0,
         "acceptance_per_position": [
             sum(e["acceptance_per_position"][place] * e["drafts"] for e in engines) / drafts for place in range(positions)
         ],
@@ -217,7 +219,7 @@ def diagnose(
         return f"The draft did not learn: only {rates[0]:.2f} of its first positions are accepted."
     if speedup < 1 + floor:
         return (
-            f"The draft is too slow for what it saves: acceptance length {arms[TRAINED]['acceptance_length'] or 1:.2f}"
+            f"The draft is too slow for what it saves: acceptance length {arms[TRAINED]['acceptance_length']:.2f}"
             f" gives a TPOT speed-up of {speedup:.2f}. Try a smaller K, a smaller draft or a lower concurrency."
         )
     return ""
