@@ -38,7 +38,9 @@ from spec_decode.progress import Progress
 
 #: how often a trial that turned out void is measured again before it stays void
 REPEATS = 2
-EXCEPTION = re.compile(r"\b\w+(?:Error|Exception): .+")
+#: what vLLM writes before the text of a line: which process, and for an error when and where
+PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] ?)?")
+EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception): .+")
 
 
 def arguments() -> argparse.Namespace:
@@ -138,10 +140,13 @@ class Server:
 def error_lines(log: str) -> list[str]:
     """The exceptions that a server's log names, first cause first, without the stacks around them."""
     found: list[str] = []
+    message = False
     for line in tail(log, 400):
-        match = EXCEPTION.search(line)
-        if match and match[0] not in found:
-            found.append(match[0])
+        text = PREFIX.sub("", line)
+        # An exception's message may go on in indented lines, as pydantic's do.
+        message = bool(EXCEPTION.match(text)) or (message and text.startswith("  "))
+        if message and text not in found:
+            found.append(text)
     return found[:6]
 
 
