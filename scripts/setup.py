@@ -10,18 +10,26 @@ Everything goes inside the checkout, pinned. What is there already, for the same
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0+cpu"
 PYTORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM = "0.32.0"
+#: a package on PyPI that holds the collections of requirements.yml too, in the versions named there
+COLLECTIONS_WHEEL = "ansible==12.3.0"
+#: how long Ansible Galaxy may take before the wheel is taken instead, in seconds
+GALAXY_LIMIT_S = 60
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 
@@ -33,6 +41,7 @@ def main() -> int:
     try:
         python = interpreter()
         environment("controller", ROOT / ".venv", python, ROOT / "requirements/controller.txt", install_controller)
+        install_collections(ROOT / ".venv", ROOT / "requirements.yml")
         if "--controller-only" not in sys.argv[1:]:
             environment("engine", ROOT / ".engine", python, ROOT / "requirements/engine.txt", install_engine)
         link_tree()
@@ -86,6 +95,71 @@ def environment(name: str, folder: pathlib.Path, python: str, requirements: path
 
 def install_controller(folder: pathlib.Path, requirements: pathlib.Path) -> None:
     pip(folder, "--requirement", str(requirements))
+
+
+def install_collections(folder: pathlib.Path, requirements: pathlib.Path) -> None:
+    """Other people's collections, where this environment's Ansible finds them without a path."""
+    wanted = dict(re.findall(r"name: (\S+)\n +version: (\S+)", requirements.read_text()))
+    site = next(folder.glob("lib/python*/site-packages"))
+    found = {name: installed_version(site, name) for name in wanted}
+    words = ", ".join(f"{name} {version}" for name, version in wanted.items())
+    if found == wanted:
+        say(f"the collections {words} are there already")
+        return
+    if from_galaxy(folder, site, requirements):
+        say(f"the collections {words} come from Ansible Galaxy")
+        return
+    say(f"Ansible Galaxy cannot be reached; getting the PyPI package {COLLECTIONS_WHEEL} (54 MB)")
+    from_wheel(folder, site, wanted)
+    say(f"the collections {words} come from the PyPI package {COLLECTIONS_WHEEL}")
+
+
+def installed_version(site: pathlib.Path, name: str) -> str:
+    """The version of a collection in ``site``; empty if it is not there, whole."""
+    try:
+        manifest = json.loads((site / "ansible_collections" / name.replace(".", "/") / "MANIFEST.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(manifest["collection_info"]["version"])
+
+
+def from_galaxy(folder: pathlib.Path, site: pathlib.Path, requirements: pathlib.Path) -> bool:
+    command = [str(folder / "bin/ansible-galaxy"), "collection", "install", "--requirements-file", str(requirements),
+               "--collections-path", str(site), "--timeout", "10", "--no-deps", "--force"]  # fmt: skip
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GALAXY_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return answer.returncode == 0
+
+
+def from_wheel(folder: pathlib.Path, site: pathlib.Path, wanted: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        call(
+            [
+                str(folder / "bin/pip"),
+                "download",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--dest",
+                scratch,
+                COLLECTIONS_WHEEL,
+            ],
+            f"download {COLLECTIONS_WHEEL}",
+        )
+        with zipfile.ZipFile(next(pathlib.Path(scratch).glob("*.whl"))) as wheel:
+            for name, version in wanted.items():
+                inside = f"ansible_collections/{name.replace('.', '/')}/"
+                wheel.extractall(scratch, [member for member in wheel.namelist() if member.startswith(inside)])
+                if (unpacked := installed_version(pathlib.Path(scratch), name)) != version:
+                    raise SetupError(
+                        f"{COLLECTIONS_WHEEL} holds {name} {unpacked or 'not at all'}, but requirements.yml asks for {version}."
+                    )
+                target = site / inside
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Renamed last: a collection is there whole or not at all.
+                (pathlib.Path(scratch) / inside).rename(target)
 
 
 def install_engine(folder: pathlib.Path, requirements: pathlib.Path) -> None:
