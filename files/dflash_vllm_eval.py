@@ -155,7 +155,7 @@ async def drive(url: str, load: Load) -> tuple[list[Request], float]:
                 results.append(await one_request(session, url, load, index))
 
         started = time.perf_counter()
-        await asyncio.gather(*(worker() for _ in range(load.concurrency)))
+        await asyncio.gather(*(worker() for _worker in range(load.concurrency)))
         seconds = time.perf_counter() - started
     return sorted(results, key=lambda request: request.prompt), seconds
 

@@ -166,7 +166,7 @@ class Regenerator:
                 self._progress.update(f"{len(done)}/{total} rows rewritten by the target", len(done), total)
 
     def _answer(self, model: Any, batch: list[dict[str, Any]]) -> list[list[dict[str, str]]]:
-        written: list[list[dict[str, str]]] = [[] for _ in batch]
+        written: list[list[dict[str, str]]] = [[] for _row in batch]
         for position in range(max(len(row["conversations"]) for row in batch)):
             asked = []
             for index, row in enumerate(batch):

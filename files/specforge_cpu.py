@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 
 import specforge.algorithms.eagle3.model as eagle3_model
-import specforge.core.loss as loss
 import torch
 from specforge.cli import main
+from specforge.core import loss
 
 
 class LogSoftmaxLoss:

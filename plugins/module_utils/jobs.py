@@ -354,8 +354,7 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             raise SpecDecodeError(*explain_failure(spec, outcome))
         if policy.check_mode:
             return outcome
-        if action is Action.REPLACE:
-            assert record is not None and record.last is not None
+        if action is Action.REPLACE and record is not None and record.last is not None:
             executor.cancel(spec, record, record.last)
         if outcome.changed:
             outcome.record, outcome.sighting = _submit(spec, executor, record, fingerprint, outcome.after)
@@ -387,8 +386,7 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
                 f"Job {spec.name!r} cannot be cancelled, because the scheduler did not answer: {sighting.reason}.",
                 "Run the teardown again once it does.",
             )
-        if alive and not policy.check_mode:
-            assert record is not None and record.last is not None
+        if alive and record is not None and record.last is not None and not policy.check_mode:
             executor.cancel(spec, record, record.last)
             sighting = executor.look_up(spec, record, record.last)
             if sighting.state in ALIVE:

@@ -25,12 +25,15 @@ from .jobs import Attempt, JobSpec, Record, Sighting, State, job_environment
 KEY_VARIABLE = "SPEC_DECODE_JOB"
 EXPERIMENT_VARIABLE = "SPEC_DECODE_EXPERIMENT"
 
-#: Runs the job and records how it ended. Everything variable arrives as an argument, never as text.
+#: Runs the job and records how it ended. Everything variable arrives as an argument, never as text. The last line keeps
+#: the shell itself, which carries the job's mark, until the note is there: it would become ``mv`` otherwise, and a
+#: process that is just becoming another shows no environment.
 LAUNCHER = """
 exit_file=$1; limit=$2; shift 2
 if [ "$limit" -gt 0 ]; then timeout --kill-after=30 "$limit" "$@"; else "$@"; fi
 code=$?
 printf '{"exit_code": %d}\\n' "$code" > "$exit_file.tmp" && mv "$exit_file.tmp" "$exit_file"
+exit
 """
 TIMEOUT_CODE = 124
 GRACE_S = 20.0
@@ -86,11 +89,20 @@ class LocalExecutor:
                 f"Job {spec.name!r} could not be started in {spec.chdir or spec.folder}: {error.strerror}.",
                 "Mend it and run again.",
             ) from error
+        _until_marked(process, attempt.key)
         return Sighting(State.RUNNING, job_id=str(process.pid), elapsed_s=0.0)
 
     def cancel(self, spec: JobSpec, record: Record, attempt: Attempt) -> bool:
         """SIGTERM to every process that carries the key, SIGKILL to those left after the grace time."""
         return stop_marked(KEY_VARIABLE, attempt.key, self.grace_s)
+
+
+def _until_marked(process: subprocess.Popen[bytes], key: str) -> None:
+    """Wait until the new process can be found by its mark: the kernel shows its environment only a moment later."""
+    wanted = f"{KEY_VARIABLE}={key}".encode()
+    deadline = time.monotonic() + GRACE_S
+    while process.poll() is None and not _carries(process.pid, wanted) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def stop_marked(variable: str, value: str, grace_s: float = GRACE_S) -> bool:
@@ -104,7 +116,7 @@ def stop_marked(variable: str, value: str, grace_s: float = GRACE_S) -> bool:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue  # it ended by itself
-        while time.monotonic() < deadline and any(True for _ in marked_processes(variable, value)):
+        while time.monotonic() < deadline and any(True for _pid in marked_processes(variable, value)):
             time.sleep(0.1)
         deadline = time.monotonic() + grace_s
     return found
@@ -117,18 +129,23 @@ def marked_processes(variable: str, value: str) -> Iterator[int]:
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == own:
             continue
-        try:
-            if os.stat(f"/proc/{entry}").st_uid != os.getuid():
-                continue
-            with open(f"/proc/{entry}/environ", "rb") as stream:
-                if wanted not in stream.read().split(b"\0"):
-                    continue
-            with open(f"/proc/{entry}/stat", "rb") as stream:
-                if stream.read().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
-                    continue  # a zombie waits to be reaped; it does no work
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # ended meanwhile, or not ours to look at
-        yield int(entry)
+        if _carries(int(entry), wanted):
+            yield int(entry)
+
+
+def _carries(pid: int, wanted: bytes) -> bool:
+    """Whether a process is this user's, at work, and was started with the variable ``wanted``."""
+    try:
+        if os.stat(f"/proc/{pid}").st_uid != os.getuid():
+            return False
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            if wanted not in stream.read().split(b"\0"):
+                return False
+        with open(f"/proc/{pid}/stat", "rb") as stream:
+            # a zombie waits to be reaped; it does no work
+            return stream.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False  # ended meanwhile, or not ours to look at
 
 
 def _ended(spec: JobSpec, attempt: Attempt, code: int) -> Sighting:

@@ -95,7 +95,7 @@ def verdict_table(verdict: dict[str, Any]) -> list[str]:
         f"TPOT speed-up {verdict['speedup_tpot']:.2f}, greedy outputs {'equal' if verdict['greedy_outputs_equal'] else 'differ'}",
         f"{verdict['tier']}: {verdict['decision']}",
         *(f"  because {reason}" for reason in verdict["reasons"]),
-        *(f"  {verdict['diagnosis']}" for _ in [0] if verdict["diagnosis"]),
+        *([f"  {verdict['diagnosis']}"] if verdict["diagnosis"] else []),
         *(f"  a DRAFT since {reason}" for reason in verdict["tier_reasons"]),
     ]
     if verdict["next_levers"]:

@@ -46,7 +46,7 @@ def bootstrap_interval(ratios: list[float], confidence: float = 0.95) -> list[fl
     if len(ratios) < PAIRS_FOR_P:
         return None
     rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _sample in range(RESAMPLES))
     tail = int((1 - confidence) / 2 * RESAMPLES)
     return [medians[tail], medians[-tail - 1]]
 

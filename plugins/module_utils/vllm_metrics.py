@@ -165,13 +165,13 @@ def window(
             f"Engines of {after.url} appeared or vanished in the window: {missing}.", "Measure again once it is steady."
         )
     deltas = {key: _delta(before.engines[key], after.engines[key], after.url) for key in after.engines}
-    foreign = sum(delta.counters.get("requests", 0) for (model, _), delta in deltas.items() if model != name)
+    foreign = sum(delta.counters.get("requests", 0) for (model, _engine), delta in deltas.items() if model != name)
     if foreign:
         raise SpecDecodeError(
             f"{after.url} served {foreign:.0f} requests for another model than {name} in the window.",
             "Measure without other traffic.",
         )
-    own = [delta for (model, _), delta in sorted(deltas.items()) if model == name]
+    own = [delta for (model, _engine), delta in sorted(deltas.items()) if model == name]
     total = _sum(own)
     requests_seen = total.counters.get("requests", 0.0)
     if driven is not None and requests_seen > driven:

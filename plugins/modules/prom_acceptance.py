@@ -98,7 +98,7 @@ acceptance:
   returned: when O(before) is given
   type: dict
   contains:
-    acceptance_length: {description: Tokens a step, with the bonus token., type: float, returned: always}
+    acceptance_length: {description: 'Tokens a step, with the bonus token.', type: float, returned: always}
     acceptance_per_position: {description: Accepted share by position., type: list, elements: float, returned: always}
     conditional_acceptance:
       description: Accepted share by position, given the position before.

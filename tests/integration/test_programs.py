@@ -57,7 +57,7 @@ def rows(count, answered=True):
 
 
 def test_unknown_template_lists_the_known_ones(built, bundle, tmp_path):
-    answer, _ = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30))], template="glm5p1")
+    answer, _result = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30))], template="glm5p1")
     refused(answer, "'glm5p1' is not registered in the installed SpecForge, which knows: ")
 
 
@@ -76,23 +76,23 @@ def test_template_of_ones_own(built, bundle, tmp_path):
 
 
 def test_template_that_matches_nothing(built, bundle, tmp_path):
-    answer, _ = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30))], template="llama3")
+    answer, _result = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30))], template="llama3")
     refused(answer, "with an empty loss mask under the template")
 
 
 def test_rows_without_an_assistant_turn(built, bundle, tmp_path):
-    answer, _ = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30, answered=False))])
+    answer, _result = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30, answered=False))])
     refused(answer, "20 without an assistant turn")
 
 
 def test_too_few_rows(built, bundle, tmp_path):
-    answer, _ = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(10))])
+    answer, _result = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(10))])
     refused(answer, "lacks 14 train rows")
 
 
 def test_empty_source(built, bundle, tmp_path):
     (tmp_path / "empty.json").write_text("")
-    answer, _ = prepare(built, bundle, tmp_path, [{"path": str(tmp_path / "empty.json")}])
+    answer, _result = prepare(built, bundle, tmp_path, [{"path": str(tmp_path / "empty.json")}])
     refused(answer, "is empty")
 
 
@@ -107,7 +107,7 @@ def test_mix_follows_the_weights_and_holds_prompts_out(built, bundle, tmp_path):
     assert found["counts"] == {"train": 80, "eval": 8} and found["overlap_train_eval"] == 0
     train = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
     assert sorted(row["id"].split("-")[2][0] for row in train) == ["s"] * 60 + ["u"] * 20
-    again, _ = prepare(built, bundle, tmp_path, sources, train=80, eval=8)
+    again, _result = prepare(built, bundle, tmp_path, sources, train=80, eval=8)
     assert again.returncode == 0
     assert [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()] == train
 
@@ -151,7 +151,7 @@ def test_capture_refuses_a_full_disk(built, bundle, tmp_path):
         "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    answer, _ = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30))])
+    answer, _result = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30))])
     assert answer.returncode == 0, answer.stderr
     result = tmp_path / "capture.json"
     answer = subprocess.run(

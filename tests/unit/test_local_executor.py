@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
+from ansible_collections.inference.spec_decode.plugins.module_utils import jobs, local_executor
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import Action, Policy, State
 from ansible_collections.inference.spec_decode.plugins.module_utils.local_executor import (
     LocalExecutor,
@@ -149,7 +150,10 @@ def test_submitter_killed_right_after_the_start_loses_and_doubles_nothing(job, t
     )
     import pickle
 
-    killed = subprocess.run([sys.executable, "-c", program, pickle.dumps(spec).hex()], check=False)
+    collections = str(pathlib.Path(jobs.__file__).parents[5])
+    killed = subprocess.run(
+        [sys.executable, "-c", program, pickle.dumps(spec).hex()], env={**os.environ, "PYTHONPATH": collections}, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert jobs.ensure(spec, LocalExecutor(), Policy()).action is Action.ATTACH
     until((tmp_path / "starts").exists, "the job starts")
@@ -172,3 +176,26 @@ def test_older_namesakes_exit_note_is_not_believed(job):
     os.unlink(jobs.record_path(spec))
     again = dataclasses.replace(spec)
     assert jobs.ensure(again, LocalExecutor(), Policy()).action is Action.SUBMIT
+
+
+def test_submit_returns_only_when_the_job_can_be_found_by_its_mark(job, monkeypatch):
+    """The kernel shows a new process's environment a moment after it started; a look in between found it lost."""
+    looks = iter([False, False, True])
+    monkeypatch.setattr(local_executor, "_carries", lambda pid, wanted: next(looks))
+    jobs.ensure(job("exec sleep 60\n"), LocalExecutor(), Policy())
+    monkeypatch.undo()
+    assert next(looks, "all looked at") == "all looked at"
+
+
+def test_job_keeps_its_mark_until_its_end_is_noted(job, tmp_path, monkeypatch):
+    """A shell that becomes ``mv`` as its last act shows no environment for a moment: a look then found the job lost."""
+    slow = tmp_path / "bin/mv"
+    slow.parent.mkdir()
+    slow.write_text('#!/bin/sh\ntouch "$(dirname "$0")/moving"; sleep 0.5; exec /bin/mv "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    spec = job("exit 0\n")
+    launcher = jobs.ensure(spec, LocalExecutor(), Policy()).sighting.job_id
+    until((slow.parent / "moving").exists, "the end is being noted")
+    assert b"spec-decode-job" in pathlib.Path(f"/proc/{launcher}/cmdline").read_bytes()
+    assert ended(spec).state is State.COMPLETED

@@ -192,7 +192,7 @@ def test_bad_slurm_times(text):
 
 def test_pauses_grow_to_the_longest():
     backoff = waiting.Backoff(longest=2.0)
-    assert [backoff.next() for _ in range(6)] == [0.5, 0.75, 1.125, 1.6875, 2.0, 2.0]
+    assert [backoff.next() for _pause in range(6)] == [0.5, 0.75, 1.125, 1.6875, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,10 @@ def measurement(standing, trained, rates=(0.9, 0.8, 0.7), base_rates=(), kind="g
     }  # fmt: skip
 
 
-def judge(found, train=HEALTHY, convert=RIGHT_LAYERS, dataset=HELD_OUT, **thresholds):
-    return verdict.judge(found, thresholds, train=train, convert=convert, dataset=dataset)
+def judge(found, **given):
+    healthy = {"train": HEALTHY, "convert": RIGHT_LAYERS, "dataset": HELD_OUT}
+    evidence = {name: given.pop(name, default) for name, default in healthy.items()}
+    return verdict.judge(found, given, **evidence)
 
 
 WIN = ([5.0, 5.1, 5.0], [2.5, 2.6, 2.5])
@@ -178,11 +180,11 @@ def test_number_without_context_cannot_leave():
 @pytest.mark.parametrize("pairs", [3, 5])
 def test_identical_arms_are_inconclusive_at_least_95_times_in_100(pairs):
     rng = random.Random(1)
-    pool = [rng.gauss(5.0, 0.15) for _ in range(40)]
+    pool = [rng.gauss(5.0, 0.15) for _trial in range(40)]
     same = (0.8, 0.6, 0.5)
     decisions = [
         judge(measurement(rng.choices(pool, k=pairs), rng.choices(pool, k=pairs), rates=same, base_rates=same))["decision"]
-        for _ in range(400)
+        for _attempt in range(400)
     ]
     assert decisions.count("inconclusive") >= 380
 

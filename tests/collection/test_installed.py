@@ -1,0 +1,49 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Built, installed into an empty home folder, and run by its name: nothing may depend on the checkout."""
+
+from __future__ import annotations
+
+import pathlib
+import tarfile
+
+import pytest
+
+from .conftest import BIN, NAMESPACE, PLAYBOOKS, ROOT, run
+
+
+def test_tarball_holds_the_collection_and_nothing_of_the_workshop(tarball):
+    with tarfile.open(tarball) as archive:
+        names = {member.name.split("/")[0] for member in archive.getmembers()}
+    assert {"plugins", "roles", "playbooks", "templates", "files", "inventories", "docs", "meta", "LICENSE", "README.md"} <= names
+    assert not [name for name in names if name.startswith((".", "dist"))]
+
+
+@pytest.mark.parametrize("method", ["eagle3", "dflash"])
+def test_train_draft_by_its_name_in_check_mode(installed, method):
+    printed = installed.play("train_draft", "--check", target=str(installed.target), method=method, chat_template="qwen")
+    assert f"tiny-{method}" in printed and "failed=0" in printed
+    assert not installed.work.exists(), "check mode must leave nothing behind"
+
+
+@pytest.mark.parametrize("playbook", PLAYBOOKS)
+def test_every_playbook_can_be_had_by_its_name(installed, playbook):
+    installed.play(playbook, "--syntax-check")
+
+
+def test_bundle_of_an_installed_collection_is_that_of_the_checkout(installed, tmp_path):
+    """The scaffold finds templates and programs wherever the collection lies."""
+    installed.play(
+        "train_draft", "--tags", "scaffold", target=str(installed.target), method="eagle3", chat_template="qwen",
+        spec_work_dir=str(tmp_path),
+    )  # fmt: skip
+    bundle = tmp_path / "tiny-eagle3/spec-decode"
+    programs = {path.name for path in pathlib.Path(ROOT / "files").glob("*.py")}
+    assert programs <= {path.name for path in bundle.iterdir()}
+    assert (bundle / "slurm/train.sbatch").read_text().startswith("#!/")
+
+
+def test_documentation_of_the_installed_modules(installed):
+    printed = run(BIN / "ansible-doc", "--list", NAMESPACE, env=installed.environment).stdout
+    assert f"{NAMESPACE}.slurm_job" in printed and "UNDOCUMENTED" not in printed

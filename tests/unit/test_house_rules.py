@@ -1,0 +1,56 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Rules that ansible-test's sanity tests hold the collection to, told in a second instead of in minutes."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+FOLDERS = ("plugins", "files", "tests", "scripts", "demo")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_python_source(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert "SPDX-License-Identifier: GPL-3.0-or-later" in text[:500], "the header is missing"
+    names = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "_"]
+    assert not names, f"pylint disallows the name _ (lines {names}): call it _row or the like"
+    if path.is_relative_to(ROOT / "plugins"):
+        asserts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        assert not asserts, f"no assert in plugins (lines {asserts})"
+
+
+@pytest.mark.parametrize("role", ROLES, ids=name_of)
+def test_role_says_what_it_takes(role):
+    """Every default has its option, and nothing else; all prefixed by the role's name."""
+    options = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"].get("options", {})
+    defaults = yaml.safe_load((role / "defaults/main.yml").read_text()) or {}
+    assert set(defaults) <= set(options)
+    assert all(name.startswith(f"{role.name}_") for name in options)
+    assert all(option.get("description") and option.get("type") for option in options.values())
+
+
+def test_every_filter_has_its_documentation():
+    from ansible_collections.inference.spec_decode.plugins.filter.derive import FilterModule
+
+    documented = {path.stem for path in (ROOT / "plugins/filter").glob("*.yml")}
+    assert set(FilterModule().filters()) == documented
+
+
+def test_templates_start_with_a_portable_shebang():
+    for path in (ROOT / "templates").rglob("*"):
+        if path.is_file() and path.read_text().startswith("#!"):
+            assert path.read_text().startswith("#!/usr/bin/env bash\n"), path
