@@ -21,8 +21,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except SpecDecodeError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(REFUSED)
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(REFUSED) from None
 
 
 class PhaseResult:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from .files import write_json
@@ -30,7 +31,8 @@ class Progress:
             return
         self._written = moment
         if text != self._printed:
-            print(text, flush=True)
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
             self._printed = text
         if self._path:
             write_json(self._path, {"text": text, "done": done, "total": total, "at": time.time()})
