@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, report
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, layers, report
+from ansible_collections.inference.spec_decode.plugins.module_utils import draft_config as drafts
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 
@@ -27,7 +28,7 @@ def _as_filter(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def draft_config(config: dict[str, Any], method: str = "eagle3", **options: Any) -> dict[str, Any]:
     """The draft config without its derivations."""
-    return {name: field.value for name, field in derive.draft_config(config, method, **options).items()}
+    return {name: field.value for name, field in drafts.draft_config(config, method, **options).items()}
 
 
 class FilterModule:
@@ -36,13 +37,13 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         functions = {
             "arm_rows": report.arm_rows,
-            "aux_layers": derive.aux_layers,
+            "aux_layers": layers.aux_layers,
             "context_line": report.context_line,
-            "dflash_target_layers": derive.dflash_target_layers,
+            "dflash_target_layers": layers.dflash_target_layers,
             "draft_config": draft_config,
             "experiment": experiment.compose,
             "parameters_table": experiment.parameters_table,
-            "served_aux_layers": derive.served_aux_layers,
+            "served_aux_layers": layers.served_aux_layers,
             "spec_slug": derive.spec_slug,
             "verdict_fact": report.verdict_fact,
             "verdict_table": report.verdict_table,

@@ -52,14 +52,18 @@ class Target:
     parameters: int
     dtype: str
     embedding_key: str
+    embedding_shape: list[int]
     lm_head_key: str
     has_chat_template: bool
     #: changes when the config, the tokenizer or the tensors' layout or sizes do
     sha: str
 
 
-def read_target(path: str) -> Target:
-    """Read and check a checkpoint folder. Refuses what is missing, half-copied or quantised for serving."""
+def read_target(path: str, embedding_key: str = "") -> Target:
+    """Read and check a checkpoint folder. Refuses what is missing, half-copied or quantised for serving.
+
+    ``embedding_key`` names the token embedding of a target whose own name for it is not known.
+    """
     if not os.path.isdir(path):
         raise SpecDecodeError(f"The target {path} is not a folder.", "Give the folder of a Hugging Face checkpoint.")
     config_path = os.path.join(path, "config.json")
@@ -76,7 +80,9 @@ def read_target(path: str) -> Target:
             f"The target {path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             "Copy the tokenizer's files too.",
         )
-    embedding = _key(weight_map, EMBEDDING_SUFFIXES)
+    if embedding_key and embedding_key not in weight_map:
+        raise SpecDecodeError(f"The target {path} has no tensor {embedding_key}.", "Mend embedding_key.")
+    embedding = embedding_key or _key(weight_map, EMBEDDING_SUFFIXES)
     if not embedding:
         raise SpecDecodeError(
             f"No tensor of the target {path} is a token embedding (none ends in {', '.join(EMBEDDING_SUFFIXES)}).",
@@ -92,6 +98,7 @@ def read_target(path: str) -> Target:
         parameters=sum(math.prod(info["shape"]) for info in tensors.values()),
         dtype=_main_dtype(tensors),
         embedding_key=embedding,
+        embedding_shape=list(tensors[embedding]["shape"]),
         lm_head_key=_key(weight_map, HEAD_SUFFIXES) or embedding,
         has_chat_template=_has_chat_template(path),
         sha=_identity(path, headers, tokenizer),

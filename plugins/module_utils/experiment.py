@@ -10,7 +10,7 @@ import os
 import re
 from typing import Any
 
-from .derive import METHODS
+from .draft_config import METHODS
 from .errors import SpecDecodeError
 from .files import sha256_value
 from .jobs import NAME_PATTERN

@@ -28,7 +28,8 @@ options:
   overrides:
     description:
       - Values that win over what is derived. C(aux_layers), C(mask_token_id), C(num_speculative_tokens),
-        C(embedding_key), C(lm_head_key), and C(draft), fields of the draft config. Empty values are ignored.
+        C(embedding_key), C(lm_head_key), and C(draft), for each method fields of its draft config. Empty values are
+        ignored.
     type: dict
     default: {}
   engine_python:

@@ -155,15 +155,80 @@ def test_plan_names_everything_with_its_derivation(target):
     plan = derive.plan(str(target), "eagle3", {"aux_layers": "", "draft": {}})
     assert plan["values"]["aux_layers"] == [1, 7, 12] and plan["values"]["served_layers"] == [2, 8, 13]
     assert plan["derivation"]["aux_layers"]["rule"] == "[1, L//2-1, L-4]"
-    assert plan["derivation"]["draft_config"]["hidden_size"]["source"] == "config.json: hidden_size"
+    assert plan["derivation"]["draft_configs"]["eagle3"]["hidden_size"]["source"] == "config.json: hidden_size"
     explicit = derive.plan(str(target), "eagle3", {"aux_layers": "2,5,9", "num_speculative_tokens": "5"})
     assert explicit["values"]["aux_layers"] == [2, 5, 9] and explicit["values"]["num_speculative_tokens"] == 5
     assert explicit["derivation"]["aux_layers"]["source"] == "explicit"
 
 
 def test_mask_token_of_the_tokenizer_is_found(target):
-    plan = derive.plan(str(target), "dflash", {"draft": {"num_hidden_layers": 2}})
+    plan = derive.plan(str(target), "dflash", {"draft": {"dflash": {"num_hidden_layers": 2}}})
     assert plan["draft_configs"]["dflash"]["dflash_config"]["mask_token_id"] == 3
+
+
+def tokenizer(target, added, words=3):
+    vocabulary = {f"w{number}": number for number in range(words)}
+    tokens = [{"id": number, "content": text} for text, number in added.items()]
+    (target / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": vocabulary}}))
+
+
+@pytest.mark.parametrize(
+    ("added", "words", "number", "rule"),
+    [
+        ({"<|mask|>": 3, "<|fim_pad|>": 4}, 3, 3, "the tokenizer's mask token"),
+        ({"<|fim_pad|>": 4}, 3, 5, "the first unused row of the padded table of 10"),
+        ({"<|reserved_1|>": 9, "<|reserved_0|>": 8}, 8, 8, "the first reserved token"),
+    ],
+)
+def test_mask_token_is_one_that_no_text_has(target, added, words, number, rule):
+    tokenizer(target, added, words)
+    plan = derive.plan(str(target), "dflash", {"draft": {"dflash": {"num_hidden_layers": 2}}})
+    assert plan["values"]["mask_token_id"] == number and plan["derivation"]["mask_token_id"]["rule"] == rule
+    assert plan["draft_configs"]["dflash"]["dflash_config"]["mask_token_id"] == number
+
+
+def test_without_a_mask_token_only_dflash_is_refused(target):
+    tokenizer(target, {"<|end|>": 9}, 9)
+    plan = derive.plan(str(target), "eagle3")
+    assert list(plan["draft_configs"]) == ["eagle3"]
+    assert "Give its id as mask_token_id" in plan["derivation"]["draft_configs_refused"]["dflash"]
+    with pytest.raises(SpecDecodeError, match="Give its id as mask_token_id"):
+        derive.plan(str(target), "dflash")
+    assert derive.plan(str(target), "dflash", {"mask_token_id": "4"})["derivation"]["mask_token_id"]["source"] == "explicit"
+    with pytest.raises(SpecDecodeError, match="mask_token_id must be a whole number, but is 'x'"):
+        derive.plan(str(target), "dflash", {"mask_token_id": "x"})
+
+
+def test_both_draft_configs_take_their_overrides(target):
+    plan = derive.plan(str(target), "eagle3", {"draft": {"eagle3": {"intermediate_size": 9}, "dflash": {"block_size": 4}}})
+    assert plan["draft_configs"]["eagle3"]["intermediate_size"] == 9 and plan["draft_configs"]["dflash"]["block_size"] == 4
+    assert plan["derivation"]["draft_configs"]["dflash"]["block_size"]["source"] == "explicit"
+    with pytest.raises(SpecDecodeError, match="spec_draft holds block_size, but only eagle3 and dflash are known"):
+        derive.plan(str(target), "eagle3", {"draft": {"block_size": 4}})
+
+
+def test_tokens_that_were_added_without_resizing(target):
+    tokenizer(target, {"<|extra|>": 10})
+    with pytest.raises(SpecDecodeError, match=r"knows the id 10 \(<\|extra\|>\), but the embedding table has 10 rows"):
+        derive.plan(str(target), "eagle3")
+
+
+def test_vocabulary_that_config_and_weights_see_differently(target):
+    (target / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 12}))
+    with pytest.raises(SpecDecodeError, match="says a vocabulary of 12, but its embedding table has 10 rows"):
+        derive.plan(str(target), "eagle3")
+
+
+def test_embedding_of_an_unknown_name(target):
+    (target / INDEX).unlink()
+    (target / "b.safetensors").unlink()
+    write_safetensors(target / "a.safetensors", {"model.tokens": [10, 8], "head": [10, 8]})
+    with pytest.raises(SpecDecodeError, match="Give its name as embedding_key"):
+        derive.plan(str(target), "eagle3")
+    with pytest.raises(SpecDecodeError, match="has no tensor wte. Mend embedding_key"):
+        derive.plan(str(target), "eagle3", {"embedding_key": "wte"})
+    found = derive.plan(str(target), "eagle3", {"embedding_key": "model.tokens", "lm_head_key": "head"})["values"]
+    assert (found["embedding_key"], found["lm_head_key"]) == ("model.tokens", "head")
 
 
 def test_unknown_method(target):
