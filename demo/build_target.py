@@ -120,7 +120,7 @@ def train(model: Qwen3ForCausalLM, rows: list[list[int]], options: argparse.Name
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 10 == 9 or step + 1 == options.steps:
             passed = time.monotonic() - started
             left = passed / (step + 1) * (options.steps - step - 1)

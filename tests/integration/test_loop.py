@@ -90,23 +90,47 @@ def test_check_mode_of_a_new_experiment_writes_nothing(loop):
     assert not loop.bundle.exists()
 
 
-def test_killed_in_training_goes_on_from_the_newest_checkpoint(loop):
-    """kill -9 of the play and of its job, in the middle of the training."""
+def kill_once(loop: Loop, under_way: str) -> None:
+    """Start the play, and kill -9 it and its job as soon as a file of the bundle says that the phase is under way."""
     play = subprocess.Popen(
         loop.command(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         deadline = time.monotonic() + LIMIT_S
-        while not list(loop.bundle.glob("train/*/*-step20/training_state.pt")):
-            assert play.poll() is None and time.monotonic() < deadline, "the play ended before training was under way"
+        while not list(loop.bundle.glob(under_way)):
+            assert play.poll() is None and time.monotonic() < deadline, f"the play ended before there was {under_way}"
             time.sleep(0.1)
     finally:
         os.killpg(play.pid, signal.SIGKILL)
         play.wait()
-    before = list(marked_processes("SPEC_DECODE_EXPERIMENT", EXPERIMENT))
-    assert before, "the job must outlive the play"
-    for pid in before:
+    jobs = list(marked_processes("SPEC_DECODE_EXPERIMENT", EXPERIMENT))
+    assert jobs, "the job must outlive the play"
+    for pid in jobs:
         os.kill(pid, signal.SIGKILL)
+
+
+#: phases whose result has another name
+RESULTS = {"validate": "acceptance"}
+#: phase → what stands in the bundle when it is under way
+UNDER_WAY = {
+    "dataset": "jobs/dataset/start-*",
+    "capture": "features/rows_*/data_*.ckpt",
+    "train": "train/*/*-step20/training_state.pt",
+    "convert": "jobs/convert/start-*",
+    "validate": "jobs/servers/standing.log",
+}
+
+
+@pytest.mark.parametrize("phase", UNDER_WAY)
+def test_killed_in_any_phase_loses_nothing_that_was_done(loop, phase):
+    """Each kill strikes one phase later than the last: what was complete before must not be done again."""
+    done = {path: path.stat().st_mtime_ns for path in loop.bundle.glob("results/*.json")}
+    kill_once(loop, UNDER_WAY[phase])
+    assert not (loop.bundle / "results" / f"{RESULTS.get(phase, phase)}.json").exists()
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_the_next_run_goes_on_and_finishes(loop):
     output = loop.play()
     train = loop.result("train")
     assert train["resumed_at"] >= 20 and train["steps"] == 60
