@@ -23,6 +23,7 @@ import torch
 from corpus import conversations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 END, START, TURN_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 TEMPLATE = (
@@ -149,9 +150,8 @@ def write_sources(folder: str, rows: int) -> None:
 
 def main() -> None:
     options = arguments()
-    if os.path.isfile(os.path.join(options.out, "config.json")):
-        print(f"  target: {options.out} is there already", flush=True)
-        return
+    if os.path.exists(options.out):
+        sys.exit(f"error: {options.out} is there already. Remove it, or give another folder.")
     started = time.monotonic()
     write_sources(options.data, options.rows)
     corpus = list(conversations(options.conversations, CORPUS_SEED))
@@ -170,6 +170,7 @@ def main() -> None:
     )
     staging = f"{options.out}.part"
     shutil.rmtree(staging, ignore_errors=True)
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(staging, max_shard_size="8MB")
     tokenizer.save_pretrained(staging)
     os.replace(staging, options.out)
