@@ -9,6 +9,7 @@ import json
 import pathlib
 import shlex
 import subprocess
+import sys
 
 import jinja2
 import pytest
@@ -114,7 +115,12 @@ def test_environment_wins_over_the_recipe(hostile, tmp_path):
 def test_launchers_are_shellcheck_clean(tmp_path):
     bundle = lay_down(tmp_path, experiment.compose(plan(), settings(str(tmp_path / "work"))))
     scripts = [str(path) for path in [*bundle.glob("slurm/*.sbatch"), bundle / "run-offline.sh"]]
-    answer = subprocess.run(["shellcheck", "--shell=bash", *scripts], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [pathlib.Path(sys.executable).with_name("shellcheck"), "--shell=bash", *scripts],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert answer.returncode == 0, answer.stdout
 
 
