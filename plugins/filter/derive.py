@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, layers, report
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, layers, plots, report
 from ansible_collections.inference.spec_decode.plugins.module_utils import draft_config as drafts
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
@@ -46,6 +46,7 @@ class FilterModule:
             "served_aux_layers": layers.served_aux_layers,
             "spec_slug": derive.spec_slug,
             "verdict_fact": report.verdict_fact,
+            "verdict_plots": plots.figures,
             "verdict_table": report.verdict_table,
         }
         return {name: _as_filter(function) for name, function in functions.items()}

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from . import verdict
+from . import diagnosis, verdict
 from .errors import SpecDecodeError
+from .layers import served_aux_layers
 
 Evidence = dict[str, Any]
 Thresholds = dict[str, Any]
@@ -171,11 +172,15 @@ def artifact(evidence: Evidence, thresholds: Thresholds) -> GateResult:
         reasons.append("nothing tried to load the draft")
     elif not found["loads"] and not found["problems"]:
         reasons.append(f"vLLM does not load it: {found['load_error']}")
-    shift = 1 if found["method"] == "eagle3" else 0
-    if found["layers_served"] != [layer + shift for layer in found["layers_captured"]]:
+    if found["layers_served"] != served_aux_layers(found["layers_captured"], found["method"]):
         reasons.append(
             f"trained on layers {found['layers_captured']}, but served on {found['layers_served']} in vLLM's convention"
         )
+    if "draft_config" in evidence:
+        # What vLLM will read is the folder's own config, and what was captured is what the capture says.
+        captured = evidence["capture"]["layers"] if "capture" in evidence else found["layers_captured"]
+        problem = diagnosis.served_layers_problem(captured, evidence["draft_config"], found["method"])
+        reasons += [problem] if problem else []
     return GateResult(
         not reasons,
         {
@@ -194,14 +199,34 @@ def artifact(evidence: Evidence, thresholds: Thresholds) -> GateResult:
 
 def acceptance(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     """A verdict was reached from whole evidence. Its decision, ship or not, is a figure, not the gate's colour."""
-    judged = verdict.judge(
-        evidence["acceptance"],
-        thresholds,
-        convert=evidence.get("convert"),
-        train=evidence.get("train"),
-        dataset=evidence.get("dataset"),
-    )
+    names = ("convert", "train", "dataset", "draft_config", "ceilings", "target_config", "profile")
+    documents = {name: evidence.get(name) for name in names}
+    judged = verdict.judge(evidence["acceptance"], thresholds, ledger=evidence.get("levers"), **documents)
     return GateResult(True, judged, judged["reasons"])
+
+
+def promotion(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """A fresh VERDICT that says ship, and that is about the very artifact that is staged."""
+    judged, facts = evidence["verdict"], evidence["facts"]
+    reasons = []
+    if judged["decision"] != "ship":
+        reasons.append(f"the decision is {judged['decision'].replace('_', ' ')}, not ship")
+    if judged["tier"] != "VERDICT":
+        reasons.append(f"it is a {judged['tier']}, not a VERDICT: {'; '.join(judged['tier_reasons'])}")
+    reasons += verdict.stale(judged, facts)
+    return GateResult(
+        not reasons,
+        {
+            "speculative_config": judged["arms"][verdict.TRAINED]["speculative_config"],
+            "previous": judged["arms"][verdict.STANDING]["speculative_config"],
+            "measurement": judged["measurement"],
+            "measured_at": judged["measured_at"],
+            "holds_for": judged["expiry"]["holds_for"],
+        },
+        reasons,
+        "the draft has not earned it, or something changed since it was measured.",
+        "Keep the standing configuration; measure again with playbooks/train_draft.yml or validate_draft.yml.",
+    )
 
 
 GATES: dict[str, Callable[[Evidence, Thresholds], GateResult]] = {
@@ -211,4 +236,5 @@ GATES: dict[str, Callable[[Evidence, Thresholds], GateResult]] = {
     "training": training,
     "artifact": artifact,
     "acceptance": acceptance,
+    "promotion": promotion,
 }

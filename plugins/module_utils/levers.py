@@ -1,83 +1,237 @@
 # Copyright (c) inference.spec_decode contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What to try next, ranked by what it could unlock. Pure; private to the collection.
+"""What to try next, ranked by what it could unlock; and what was tried and refuted. Pure; private to the collection.
 
 With A_i the share of drafts whose position i was accepted, the acceptance length at K' <= K is
-tau(K') = 1 + A_1 + … + A_K' (exact for greedy chains). The cost of a step relative to no speculation is
-r(K) = TPOT_K * tau_K / TPOT_0, and the speed-up tau(K) / r(K).
+tau(K') = 1 + A_1 + … + A_K' (exact for greedy chains, approximate for DFlash). The cost of a step relative to no
+speculation is r(K) = TPOT_K * tau_K / TPOT_0, about v0 + c*K, and the speed-up tau(K) / r(K). One K gives no line:
+two or more measured ones do.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-TRAINED = "trained"
+#: the other way to train a head for the same target
+OTHER_METHOD = {"eagle3": "dflash", "dflash": "eagle3"}
+#: how far beyond the longest measured K a prediction is trusted
+FURTHER = 2
+
+
+def acceptance_length(rates: list[float], k: int) -> float:
+    """tau(k); positions beyond the measured ones are accepted like the last one, conditionally."""
+    known = list(rates[:k])
+    conditional = rates[-1] / rates[-2] if len(rates) > 1 and rates[-2] else rates[-1]
+    while len(known) < k:
+        known.append(known[-1] * conditional)
+    return 1 + sum(known)
+
+
+def fit_step_cost(points: list[tuple[int, float]]) -> tuple[float, float] | None:
+    """v0 and c of r(K) = v0 + c*K by least squares; ``None`` for fewer than two values of K."""
+    ks = [k for k, _cost in points]
+    if len(set(ks)) < 2:
+        return None
+    mean_k, mean_r = sum(ks) / len(ks), sum(cost for _k, cost in points) / len(points)
+    slope = sum((k - mean_k) * (cost - mean_r) for k, cost in points) / sum((k - mean_k) ** 2 for k in ks)
+    return mean_r - slope * mean_k, slope
+
+
+def draft_lengths(measured: list[dict[str, Any]], standing_tpot_ms: float) -> dict[str, Any] | None:
+    """The speed-up against K: measured points and, from two of them on, the fitted curve with its best K.
+
+    ``measured`` holds, for each K, ``k``, ``rates``, ``acceptance_length``, ``step_cost`` and ``speedup``.
+    """
+    usable = [point for point in measured if point["rates"]]
+    if not usable:
+        return None
+    longest = max(usable, key=lambda point: point["k"])
+    points = [{name: point[name] for name in ("k", "acceptance_length", "step_cost", "speedup")} for point in usable]
+    fitted = fit_step_cost([(point["k"], point["step_cost"]) for point in usable])
+    if fitted is None:
+        return {"points": points, "v0": None, "c": None, "curve": [], "best": None}
+    v0, c = fitted
+    curve = []
+    for k in range(1, longest["k"] + FURTHER + 1):
+        tau, cost = acceptance_length(longest["rates"], k), v0 + c * k
+        if cost > 0:
+            curve.append({"k": k, "acceptance_length": tau, "step_cost": cost, "speedup": tau / cost,
+                          "tpot_ms": standing_tpot_ms * cost / tau})  # fmt: skip
+    best = max(curve, key=lambda point: point["speedup"]) if curve else None
+    return {"points": points, "v0": v0, "c": c, "curve": curve, "best": best}
+
+
+def position_gaps(rates: list[float], train: dict[str, Any] | None) -> list[dict[str, float]]:
+    """Training accuracy against served acceptance, position by position, where training tells.
+
+    Training counts a position given that those before were right: the served rate to compare it with is the
+    conditional one.
+    """
+    gaps = []
+    for place, rate in enumerate(rates):
+        accuracy = training_accuracy(train, place)
+        before = rates[place - 1] if place else 1.0
+        if accuracy is not None:
+            served = rate / before if before else 0.0
+            gaps.append({"position": place + 1, "training": accuracy, "served": served, "gap": accuracy - served})
+    return gaps
 
 
 def frontier(
-    arms: dict[str, dict[str, Any]], cost: float | None, speedup: float, train: dict[str, Any] | None
+    shape: dict[str, Any], *, method: str, concurrencies: list[int], train: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Levers with expected unlock, cost and the gate that would prove or refute each; the largest unlock first."""
-    rates = arms[TRAINED]["acceptance_per_position"]
-    length = arms[TRAINED]["acceptance_length"]
+    """Levers with expected unlock (a factor on the speed-up), cost and the gate that proves or refutes each, ranked."""
+    trained = shape["arms"]["trained"]
+    rates, length = trained["acceptance_per_position"], trained["acceptance_length"]
     if not rates:
         return []
-    levers = [*_draft_length(rates, length, cost, speedup), *_training(rates, length, speedup, train)]
-    if cost is not None:
-        levers.append(
-            {
-                "lever": "cheaper drafting",
-                "expected": f"a step costs {cost:.2f} times one without speculation; a free draft would give {length:.2f}×",
-                "unlock": length / speedup,
-                "cost": "a smaller draft vocabulary or fewer draft layers, then training again",
-                "gate": "TPOT at the same acceptance length",
-            }
-        )
-    return sorted(levers, key=lambda lever: -float(lever["unlock"]))
-
-
-def _draft_length(rates: list[float], length: float, cost: float | None, speedup: float) -> list[dict[str, Any]]:
-    count = len(rates)
-    last = rates[-1] / rates[-2] if count > 1 and rates[-2] else rates[-1]
-    longer = length + rates[-1] * last
     levers = [
-        {
-            "lever": f"K = {count + 1} instead of {count}",
-            "expected": f"acceptance length about {longer:.2f} if position {count + 1} is accepted as often as the last",
-            "unlock": longer / length,
-            "cost": "one more measurement; no training",
-            "gate": f"TPOT at K = {count + 1} below that at K = {count}, by more than the noise floor",
-        }
+        *_draft_length(shape, rates, length),
+        *_training(shape, rates, length, method, train),
+        *_draft_cost(shape, length, method),
+        *_method(shape, rates, method),
+        *_regime(shape, concurrencies),
     ]
-    if count > 1:
-        shorter = length - rates[-1]
-        levers.append(
-            {
-                "lever": f"K = {count - 1} instead of {count}",
-                "expected": f"acceptance length {shorter:.2f}; pays if the last position costs more than"
-                f" {rates[-1] / length:.0%} of a step",
-                "unlock": 1.0 if rates[-1] / length > 0.1 else 1.05,
-                "cost": "one more measurement; no training. Two values of K give the cost of a position",
-                "gate": f"TPOT at K = {count - 1} below that at K = {count}, by more than the noise floor",
-            }
+    return sorted(levers, key=lambda lever: -lever["unlock"])
+
+
+def _lever(name: str, lever: str, expected: str, unlock: float, cost: str, gate: str) -> dict[str, Any]:
+    return {"id": name, "lever": lever, "expected": expected, "unlock": round(unlock, 3), "cost": cost, "gate": gate}
+
+
+def _draft_length(shape: dict[str, Any], rates: list[float], length: float) -> list[dict[str, Any]]:
+    count = len(rates)
+    gate = f"TPOT at that K below that at K = {count}, in every pair by more than the noise floor"
+    lengths = shape["draft_lengths"]
+    if lengths and lengths["best"]:
+        best = lengths["best"]
+        if best["k"] == count:
+            return []  # the fitted curve peaks where we are
+        now = next(point["speedup"] for point in lengths["curve"] if point["k"] == count)
+        return [
+            _lever(
+                f"k={best['k']}",
+                f"K = {best['k']} instead of {count}",
+                f"TPOT {best['tpot_ms']:.2f} ms, speed-up {best['speedup']:.2f} instead of {now:.2f}, by the fitted step cost"
+                f" {lengths['v0']:.2f} + {lengths['c']:.2f} K",
+                best["speedup"] / now,
+                "one more measurement; no training",
+                gate,
+            )
+        ]
+    # One K measured gives no step cost: what one position more or less is worth is known, what it costs is not.
+    longer, shorter = acceptance_length(rates, count + 1), acceptance_length(rates, count - 1)
+    levers = [
+        _lever(
+            f"k={count + 1}", f"K = {count + 1} instead of {count}",
+            f"acceptance length about {longer:.2f} if position {count + 1} is accepted as often as the last;"
+            f" pays if it costs less than {longer / length - 1:.0%} of a step",
+            longer / length, "one more measurement; no training. Two values of K give the cost of a position", gate,
         )
+    ]  # fmt: skip
+    if count > 1:
+        levers.append(
+            _lever(
+                f"k={count - 1}", f"K = {count - 1} instead of {count}",
+                f"acceptance length {shorter:.2f}; pays if the last position costs more than {1 - shorter / length:.0%} of it",
+                1.0, "one more measurement; no training. Two values of K give the cost of a position", gate,
+            )
+        )  # fmt: skip
     return levers
 
 
-def _training(rates: list[float], length: float, speedup: float, train: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _training(
+    shape: dict[str, Any], rates: list[float], length: float, method: str, train: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    if method not in OTHER_METHOD:
+        return []  # nothing of ours to train
+    gaps = position_gaps(rates, train)
+    reachable, before = 1.0, 1.0
+    for gap in gaps:
+        before *= max(gap["training"], gap["served"])
+        reachable += before
+    worst = max(gaps, key=lambda gap: gap["gap"], default=None)
+    if worst and worst["gap"] > 0.05:
+        return [
+            _lever(
+                "data", "data and training closer to what is served",
+                f"position {worst['position']}: {worst['training']:.2f} in training, {worst['served']:.2f} served;"
+                f" with training's accuracies served, acceptance length {reachable:.2f} instead of {length:.2f}",
+                max(1.0, reachable / length), "answers of the target itself to prompts like those served, then training again",
+                "acceptance by position on held-out prompts, above this run's by more than the noise floor",
+            )
+        ]  # fmt: skip
     perfect = 1 + len(rates)
-    accuracy = training_accuracy(train, 0)
-    gap = f"; training reached {accuracy:.2f} at the first position, serving {rates[0]:.2f}" if accuracy is not None else ""
     return [
-        {
-            "lever": "more and closer data, longer training",
-            "expected": f"at most {perfect / length:.2f} times the acceptance length{gap}",
-            "unlock": 1 + (perfect / length - 1) / 2,
-            "cost": "data in the target's own words, then training again",
-            "gate": "acceptance by position on held-out prompts",
-        }
-    ]
+        _lever(
+            "data", "more data, longer training",
+            f"at most acceptance length {perfect} instead of {length:.2f}; half of that gap is assumed",
+            1 + (perfect / length - 1) / 2, "more rows in the target's own words, more steps",
+            "acceptance by position on held-out prompts, above this run's by more than the noise floor",
+        )
+    ]  # fmt: skip
+
+
+def _draft_cost(shape: dict[str, Any], length: float, method: str) -> list[dict[str, Any]]:
+    cost = shape["step_cost"]
+    lengths = shape["draft_lengths"]
+    if cost is None or method not in OTHER_METHOD:
+        return []
+    floor = lengths["v0"] if lengths and lengths["v0"] else 1.0
+    if cost <= floor:
+        return []
+    return [
+        _lever(
+            "draft-cost", "cheaper drafting",
+            f"a step costs {cost:.2f} times one without speculation; were drafting free, {floor:.2f}, which gives a speed-up of"
+            f" {length / floor:.2f}; half of that gap is assumed",
+            1 + (cost / floor - 1) / 2, "a smaller draft vocabulary or fewer draft layers, then training again",
+            "TPOT below this run's at the same acceptance length",
+        )
+    ]  # fmt: skip
+
+
+def _method(shape: dict[str, Any], rates: list[float], method: str) -> list[dict[str, Any]]:
+    other = OTHER_METHOD.get(method, "eagle3")
+    if method in OTHER_METHOD:
+        why = (
+            "drafts a whole block in one pass, so that a longer K costs little"
+            if other == "dflash"
+            else "conditions each position on the one before, so that later positions are accepted more often"
+        )
+        return [
+            _lever(
+                f"method={other}", f"{other} instead of {method}", f"{other} {why}", 1.0 + 0.1 * rates[-1],
+                "one more training on its own features", f"an experiment with method={other}, judged by this same gate",
+            )
+        ]  # fmt: skip
+    return [
+        _lever(
+            "method=eagle3", f"a trained head instead of {method}",
+            "a head trained on the target's own hidden states is usually accepted far more often", 1.2,
+            "one training", "an experiment with method=eagle3, judged by this same gate",
+        )
+    ]  # fmt: skip
+
+
+def _regime(shape: dict[str, Any], concurrencies: list[int]) -> list[dict[str, Any]]:
+    most = int(shape["context"]["trained"]["serving"]["max_num_seqs"])
+    other = min(most, 8 * shape["concurrency"]) if shape["decision"] == "ship" else max(1, shape["concurrency"] // 8)
+    if other in concurrencies:
+        return []
+    words = (
+        "speculation pays while steps are bound by memory; how far up that holds is not measured"
+        if shape["decision"] == "ship"
+        else "fewer requests in flight leave more idle compute for verification"
+    )
+    return [
+        _lever(
+            f"concurrency={other}", f"concurrency {other} as well", words, 1.0, "one more measurement; no training",
+            f"this gate at concurrency {other}",
+        )
+    ]  # fmt: skip
 
 
 def training_accuracy(train: dict[str, Any] | None, position: int) -> float | None:
@@ -87,3 +241,101 @@ def training_accuracy(train: dict[str, Any] | None, position: int) -> float | No
     if position < len(accuracies):
         return float(accuracies[position])
     return float(last["acc"]) if "acc" in last else None
+
+
+def settle(previous: dict[str, Any] | None, verdict: dict[str, Any]) -> dict[str, Any]:
+    """The ledger after a verdict: every lever ever named, open, proved or refuted, with the reason.
+
+    What an earlier run proposed and this one measured is settled here; what it refuted stays refuted, with the
+    conditions that it was refuted under, and is not proposed again while they hold.
+    """
+    measurement = verdict["measurement"]
+    old = {entry["id"]: entry for entry in (previous or {}).get("levers", [])}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, entry in old.items():
+        if entry["status"] != "open" and entry["holds_for"] != _conditions(verdict, name):
+            entry = {**entry, "status": "open", "reason": f"settled for other conditions before: {entry['reason']}"}
+        if entry["status"] == "open" and entry["measurement"] != measurement:
+            entry = _settled(entry, verdict)
+        entries[name] = entry
+    for lever in verdict["frontier"]:
+        known = entries.get(lever["id"])
+        if known and known["status"] == "refuted":
+            continue
+        entries[lever["id"]] = {
+            **lever, "status": "open", "reason": "", "measurement": measurement,
+            "holds_for": _conditions(verdict, lever["id"]), "then": _then(verdict),
+        }  # fmt: skip
+    for entry in _settled_by_sweep(verdict):
+        entries[entry["id"]] = entry
+    order = {"open": 0, "proved": 1, "refuted": 2}
+    levers = sorted(entries.values(), key=lambda entry: (order[entry["status"]], -entry["unlock"], entry["id"]))
+    return {"measurement": measurement, "levers": levers}
+
+
+def _conditions(verdict: dict[str, Any], lever: str) -> dict[str, Any]:
+    holds = verdict["expiry"]["holds_for"]
+    names = ["target_sha", "hardware"] + (["draft_sha"] if lever.startswith("k=") else [])
+    return {name: holds[name] for name in names}
+
+
+def _then(verdict: dict[str, Any]) -> dict[str, Any]:
+    head = verdict["shapes"][0]
+    trained = head["arms"]["trained"]
+    return {
+        "k": len(trained["acceptance_per_position"]),
+        "acceptance_length": trained["acceptance_length"],
+        "speedup": head["speedup_tpot"],
+        "concurrencies": [shape["concurrency"] for shape in verdict["shapes"]],
+        "draft_sha": verdict["expiry"]["holds_for"]["draft_sha"],
+    }
+
+
+def _settled(entry: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
+    """An open lever of an earlier run, judged by this one where this one is its test."""
+    now, then, name = _then(verdict), entry["then"], entry["id"]
+    floor = 1 + verdict["shapes"][0]["noise_floor"]
+    tested = re.fullmatch(r"(k|concurrency)=(\d+)", name)
+    if tested and tested[1] == "k" and now["k"] == int(tested[2]) and now["draft_sha"] == then["draft_sha"]:
+        gain, words = (
+            now["speedup"] / then["speedup"],
+            f"speed-up {now['speedup']:.2f} at K = {now['k']}, {then['speedup']:.2f} before",
+        )
+    elif tested and tested[1] == "concurrency" and int(tested[2]) in now["concurrencies"]:
+        shape = next(shape for shape in verdict["shapes"] if shape["concurrency"] == int(tested[2]))
+        gain = floor * 2 if shape["decision"] == "ship" else 0.0
+        words = f"{shape['decision'].replace('_', ' ')} at concurrency {tested[2]}, speed-up {shape['speedup_tpot']:.2f}"
+    elif name == "data" and now["draft_sha"] != then["draft_sha"] and now["k"] == then["k"]:
+        gain = now["acceptance_length"] / then["acceptance_length"]
+        words = f"acceptance length {now['acceptance_length']:.2f} after training anew, {then['acceptance_length']:.2f} before"
+    else:
+        return entry
+    status = "proved" if gain > floor else "refuted"
+    return {**entry, "status": status, "reason": words, "measurement": verdict["measurement"],
+            "holds_for": _conditions(verdict, name)}  # fmt: skip
+
+
+def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each K of this session's sweep is proved or refuted by its own pairs, against the K that was served."""
+    found = []
+    head = verdict["shapes"][0]
+    for point in head["sweep"]:
+        better = point["speedup"] > head["speedup_tpot"] * (1 + max(point["noise_floor"], head["noise_floor"]))
+        count = len(head["arms"]["trained"]["acceptance_per_position"])
+        found.append(
+            {
+                "id": f"k={point['k']}",
+                "lever": f"K = {point['k']} instead of {count}",
+                "expected": f"speed-up {point['speedup']:.2f} instead of {head['speedup_tpot']:.2f}, measured",
+                "unlock": round(point["speedup"] / head["speedup_tpot"], 3),
+                "cost": f"set num_speculative_tokens={point['k']}",
+                "gate": "this run's sweep",
+                "status": "proved" if better else "refuted",
+                "reason": f"speed-up {point['speedup']:.2f} at K = {point['k']}, {head['speedup_tpot']:.2f} at K = {count},"
+                " in one session",
+                "measurement": verdict["measurement"],
+                "holds_for": _conditions(verdict, f"k={point['k']}"),
+                "then": _then(verdict),
+            }
+        )
+    return found

@@ -16,6 +16,7 @@ def verdict_fact(verdict: dict[str, Any], experiment: dict[str, Any]) -> dict[st
     trained = verdict["arms"]["trained"]
     return {
         "decision": verdict["decision"],
+        "cause": verdict["cause"],
         "tier": verdict["tier"],
         "tier_reasons": verdict["tier_reasons"],
         "acceptance_length": round(trained["acceptance_length"], 3),
@@ -27,7 +28,7 @@ def verdict_fact(verdict: dict[str, Any], experiment: dict[str, Any]) -> dict[st
         "holds_for": verdict["expiry"]["holds_for"],
         "context": verdict["context"]["trained"],
         "measured_at": verdict["measured_at"],
-        "report": f"{experiment['bundle']}/report.md",
+        "report": f"{experiment['bundle']}/report.html",
     }
 
 
@@ -36,15 +37,16 @@ def arm_rows(verdict: dict[str, Any]) -> list[Row]:
     rows = []
     for shape in verdict["shapes"]:
         for name, arm in shape["arms"].items():
-            tpot = arm["tpot_ms"]
+            tpot, percent = arm["tpot_ms"], shape["context"][name]["grounding"]["percent_of_sol"]
             rows.append(
                 {
+                    "sol": f"{percent:.1f}" if percent is not None else "–",
                     "concurrency": str(shape["concurrency"]),
                     "arm": name,
                     "speculation": speculation(arm["speculative_config"]),
                     "acceptance_length": f"{arm['acceptance_length']:.2f}" if arm["drafts"] else "–",
                     "per_position": " ".join(f"{rate:.2f}" for rate in arm["acceptance_per_position"]) or "–",
-                    "tpot": f"{tpot['median']:.2f} ± {tpot['std']:.2f}",
+                    "tpot": f"{tpot['mean']:.2f} ± {tpot['std']:.2f}",
                     "ttft": f"{arm['ttft_ms']['median']:.1f}",
                     "throughput": f"{arm['output_tokens_per_s']['median']:.0f}",
                     "trials": str(len(tpot["trials"])),
@@ -75,8 +77,16 @@ def context_line(context: dict[str, Any]) -> str:
         f" {load['prompts']} prompts, {load['input_tokens_mean']} tokens in and {load['output_tokens_mean']} out on average,"
         f" concurrency {load['concurrency']}, temperature {load['temperature']},"
         f" {'warm' if context['regime']['warm'] else 'cold'}; {stack['engine']} {stack['version']},"
-        f" {stack['client']}; {ground['trials']} trials on {ground['same_node']}, rigor {ground['rigor']}"
+        f" {stack['client']}{', image ' + stack['image'] if stack['image'] else ''}; {ground['trials']} trials on"
+        f" {ground['same_node']}, TPOT {ground['tpot_ms_mean']:.2f} ± {ground['tpot_ms_std']:.2f} ms (mean ± std of the"
+        f" trials' medians), baseline {ground['baseline']}, {_sol(ground)}, rigor {ground['rigor']}"
     )
+
+
+def _sol(ground: dict[str, Any]) -> str:
+    if ground["percent_of_sol"] is None:
+        return f"%SoL unknown (ceiling: {ground['ceiling']})"
+    return f"{ground['percent_of_sol']:.1f} %SoL of {ground['ceiling']}"
 
 
 def verdict_table(verdict: dict[str, Any]) -> list[str]:

@@ -3,19 +3,20 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """From measured trials to "ship", "do not ship" or "inconclusive". Pure; private to the collection.
 
-Ship only when acceptance length and median TPOT both win, every pair by more than the session's own noise. A
-DRAFT says what it would be; a VERDICT also satisfies every condition of a fair serving comparison.
+Ship only when acceptance length and median TPOT both win, by more than the session's own noise, every pair
+agreeing. A DRAFT says what it would be; a VERDICT also satisfies every condition of a fair serving comparison.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics as std
 from typing import Any
 
-from . import levers
-from .context import descriptor
+from . import context, diagnosis, levers, sol
 from .errors import SpecDecodeError
-from .statistics import bootstrap_interval, describe, noise_floor, sign_test
+from .files import sha256_value
+from .statistics import Comparison, Trial, compare, describe
 
 STANDING, TRAINED = "standing", "trained"
 DEFAULTS: dict[str, float] = {
@@ -24,11 +25,17 @@ DEFAULTS: dict[str, float] = {
     "max_ttft_p99_ratio": 1.5,
     "max_error_rate": 0.0,
     "max_length_difference": 0.05,
-    "max_text_mismatch": 0.05,
+    # Verifying several tokens at once rounds differently than one: some greedy texts differ without any fault.
+    "max_text_mismatch": 0.25,
     "near_zero_acceptance": 0.15,
     "healthy_accuracy": 0.5,
+    "served_share_of_accuracy": 0.6,
     "impossible_tolerance": 0.05,
 }
+#: methods that were trained on nothing of ours, so that every prompt is held out
+UNTRAINED = ("ngram", "ngram_gpu", "suffix", "mtp", "deepseek_mtp")
+#: purposes of trials that compare the standing arm with the trained one, and that only tell the noise
+COMPARED = ("compare", "noise")
 
 
 def judge(
@@ -38,115 +45,301 @@ def judge(
     convert: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     dataset: dict[str, Any] | None = None,
+    draft_config: dict[str, Any] | None = None,
+    ceilings: dict[str, Any] | None = None,
+    target_config: dict[str, Any] | None = None,
+    profile: dict[str, Any] | None = None,
+    ledger: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The verdict on one measurement, with every figure it rests on.
 
     ``acceptance`` is what ``measure_arms.py`` wrote. The other phases' results, where given, let a loss be
-    diagnosed (training accuracy, layers captured and served) and prove that the prompts were held out.
+    diagnosed (training accuracy, layers captured) and prove that the prompts were held out; ``draft_config`` is what
+    vLLM read of the served draft. ``ceilings`` and ``target_config`` give %SoL, ``profile`` says what else was
+    captured, ``ledger`` what earlier runs settled.
     """
     limits = {**DEFAULTS, **(thresholds or {})}
-    shapes = [_at(acceptance, concurrency, limits, convert, train) for concurrency in acceptance["plan"]["concurrencies"]]
+    _check_arms(acceptance)
+    evidence = diagnosis.Evidence(convert, train, draft_config)
+    grounding = _Grounding(acceptance, ceilings or {}, target_config, profile, convert)
+    concurrencies = list(acceptance["plan"]["concurrencies"])
+    shapes = [_shape(acceptance, concurrency, limits, evidence, grounding) for concurrency in concurrencies]
     head = shapes[0]
     reasons = tier_reasons(acceptance, dataset, shapes, limits)
     decisions = {shape["decision"] for shape in shapes}
     # A draft that wins at one load and loses at another is not one to ship for both.
     decision = head["decision"] if len(decisions) == 1 else "do_not_ship" if "do_not_ship" in decisions else "inconclusive"
-    return {
+    cause, words = diagnosis.overall(decision, shapes)
+    method = str((acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method", "none"))
+    found = {
         "decision": decision,
         "tier": "DRAFT" if reasons else "VERDICT",
         "tier_reasons": reasons,
         "reasons": [reason for shape in shapes for reason in shape["reasons"]],
-        "diagnosis": next((shape["diagnosis"] for shape in shapes if shape["diagnosis"]), ""),
+        "cause": cause,
+        "diagnosis": words,
+        "method": method,
         "arms": head["arms"],
         "speedup_tpot": head["speedup_tpot"],
         "greedy_outputs_equal": all(shape["texts_equal"] for shape in shapes),
         "shapes": shapes,
-        "next_levers": head["next_levers"],
         "context": head["context"],
         "measured_at": acceptance["finished_at"],
-        "expiry": {
-            "holds_for": {
-                "draft_sha": acceptance["draft"].get("sha"),
-                "target_sha": acceptance["plan"]["target"].get("sha"),
-                "hardware": acceptance["hardware"]["name"],
-                "vllm": acceptance["arms"][STANDING]["resolved"]["version"],
-                "prompts_sha256": acceptance["plan"]["prompts"].get("sha256"),
-            },
-            "rule": "stale as soon as any of these differs from what is served",
+        "measurement": sha256_value(acceptance["trials"])[:16],
+        "training": _training(head, train),
+        "expiry": expiry(acceptance),
+    }
+    frontier = levers.frontier(head, method=method, concurrencies=concurrencies, train=train)
+    settled = levers.settle(ledger, {**found, "frontier": frontier})
+    found["levers"] = settled
+    found["next_levers"] = [lever for lever in settled["levers"] if lever["status"] == "open"]
+    context.check_numbers(found)
+    return found
+
+
+def expiry(acceptance: dict[str, Any]) -> dict[str, Any]:
+    """What a verdict on this measurement holds for. A changed one makes it stale."""
+    standing = acceptance["arms"][STANDING]
+    return {
+        "holds_for": {
+            "draft_sha": acceptance["draft"].get("sha"),
+            "target_sha": acceptance["plan"]["target"].get("sha"),
+            "hardware": acceptance["hardware"]["name"],
+            "vllm": standing["resolved"]["version"],
+            "image": standing.get("image"),
+            "prompts_sha256": acceptance["plan"]["prompts"].get("sha256"),
         },
+        "rule": "stale as soon as any of these differs from what is served",
     }
 
 
-def _at(
+def stale(verdict: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """Why a verdict no longer holds, given what is served now; empty while it does.
+
+    ``facts`` holds today's values by the names in ``expiry.holds_for``. A fact that the verdict depends on and that
+    is not given is a reason too; one that the verdict never knew (such as the image, outside containers) is not.
+    """
+    reasons = []
+    for name, then in verdict["expiry"]["holds_for"].items():
+        if then is None:
+            continue
+        if facts.get(name) is None:
+            reasons.append(f"nothing tells what {name} is now; it was {then}")
+        elif _plain(name, facts[name]) != _plain(name, then):
+            reasons.append(f"{name} was {then} and is {facts[name]} now")
+    return reasons
+
+
+def _plain(name: str, value: Any) -> Any:
+    # 0.32.0+cpu and 0.32.0 are one version, built for different platforms; the hardware is compared by itself.
+    return str(value).partition("+")[0] if name == "vllm" else value
+
+
+def _check_arms(acceptance: dict[str, Any]) -> None:
+    missing = [name for name in (STANDING, TRAINED) if name not in acceptance["arms"]]
+    if missing:
+        raise SpecDecodeError(
+            f"The measurement has no {missing[0]} arm, only {', '.join(acceptance['arms'])}.",
+            "Measure the standing configuration and the draft side by side.",
+        )
+
+
+class _Grounding:
+    """What every number of one measurement is grounded in: ceilings, traffic and the evidence captured."""
+
+    def __init__(
+        self,
+        acceptance: dict[str, Any],
+        ceilings: dict[str, Any],
+        target_config: dict[str, Any] | None,
+        profile: dict[str, Any] | None,
+        convert: dict[str, Any] | None,
+    ) -> None:
+        self._acceptance, self._config = acceptance, target_config
+        self._ceiling = sol.ceiling_for(acceptance["hardware"]["name"], ceilings, ceilings.get("own"))
+        self.rigor, self.rests = sol.rigor(profile)
+        # A trained draft is stored in bfloat16: two bytes a parameter.
+        self._draft_bytes = 2 * convert["parameters"] if convert and convert.get("parameters") else None
+
+    def of(self, name: str, arm: dict[str, Any], concurrency: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The grounding fields of an arm's context, and its %SoL with all parts."""
+        resolved = self._acceptance["arms"][name]["resolved"]
+        if self._ceiling is None:
+            return {"percent_of_sol": None, "ceiling": sol.NO_CEILING, "rigor": self.rigor}, None
+        key, peaks = self._ceiling
+        parts = sol.traffic(
+            self._acceptance["plan"]["target"], self._config, resolved, arm["speculative_config"], self._draft_bytes
+        )
+        share = sol.share(arm, resolved, concurrency, parts, float(peaks["memory_bandwidth_bytes_per_s"]))
+        percent = round(share["percent"], 2) if share else None
+        if share:
+            share = {**share, "ceiling": key, "source": peaks["source"]}
+        return {"percent_of_sol": percent, "ceiling": key, "rigor": self.rigor}, share
+
+
+def _shape(
     acceptance: dict[str, Any],
     concurrency: int,
     limits: dict[str, float],
-    convert: dict[str, Any] | None,
-    train: dict[str, Any] | None,
+    evidence: diagnosis.Evidence,
+    grounding: _Grounding,
 ) -> dict[str, Any]:
     """The comparison at one concurrency, with its own exact context."""
     trials = [trial for trial in acceptance["trials"] if trial["concurrency"] == concurrency]
-    usable = {name: {t["pair"]: t for t in trials if t["arm"] == name and not t["void"]} for name in (STANDING, TRAINED)}
-    pairs = sorted(set(usable[STANDING]) & set(usable[TRAINED]))
     void = [f"trial {t['pair']} of the {t['arm']} arm is void: {t['void']}" for t in trials if t["void"]]
-    if not pairs:
+    usable = [t for t in trials if not t["void"] and t.get("purpose", "compare") in COMPARED]
+    paired = _paired(usable, TRAINED)
+    if not paired[TRAINED]:
         raise SpecDecodeError(
             f"No pair of trials at concurrency {concurrency} can be used. {' '.join(void)}",
             "Measure again on a quiet machine.",
         )
-    arms = {name: _arm([usable[name][pair] for pair in pairs], acceptance["arms"][name]) for name in usable}
-    tpot = {name: arms[name]["tpot_ms"]["trials"] for name in arms}
-    ratios = [before / after for before, after in zip(tpot[STANDING], tpot[TRAINED])]
-    floor = noise_floor(list(tpot.values()))
-    speedup = std.median(ratios)
-    baseline_speculates = arms[STANDING]["drafts"] > 0
-    length, base_length = arms[TRAINED]["acceptance_length"], arms[STANDING]["acceptance_length"]
-    cost = std.median(tpot[TRAINED]) * length / std.median(tpot[STANDING])
-    wins: list[str] = []
-    losses: list[str] = []
-    notes: list[str] = []
-    (wins if all(ratio > 1 + floor for ratio in ratios) else notes).append(
-        f"TPOT speed-up {speedup:.2f} at concurrency {concurrency}, pairs {_figures(ratios)},"
-        f" noise floor {floor:.1%} of this session"
-    )
-    if all(ratio < 1 / (1 + floor) for ratio in ratios):
-        losses.append(f"every pair's TPOT is worse than the standing arm's by more than the noise floor of {floor:.1%}")
-    needed = max(base_length, limits["min_acceptance_length"], 0.0 if baseline_speculates else cost)
-    if length > needed:
-        wins.append(f"acceptance length {length:.2f} against {needed:.2f} needed")
-    elif length <= base_length * (1 - floor) or (not baseline_speculates and length <= cost * (1 - floor)):
-        losses.append(f"acceptance length {length:.2f} is below the {needed:.2f} that it needs to pay")
-    else:
-        notes.append(f"acceptance length {length:.2f} does not exceed the {needed:.2f} needed by more than noise")
-    red = _guardrails(arms, limits, speedup, length, baseline_speculates)
-    diagnosis = diagnose(arms, limits, speedup, floor, convert, train)
-    if convert and _layers_mismatch(convert):
+    arms = {name: _arm(paired[name], acceptance["arms"][name]) for name in (STANDING, TRAINED)}
+    tpot = _compare(usable, TRAINED, lambda trial: trial["client"]["tpot_ms"]["median"])
+    speculates = arms[STANDING]["drafts"] > 0
+    cost = None if speculates else _step_cost(arms)
+    length = arms[TRAINED]["acceptance_length"]
+    accepted = _compare(usable, TRAINED, lambda trial: 1 / _acceptance_length([trial["engine"]]))
+    wins, losses, notes = _outcome(concurrency, arms, tpot, accepted, cost, limits)
+    red = _guardrails(arms, limits, tpot.median, length, speculates, acceptance["plan"]["temperature"], trials)
+    if evidence.layers_problem:
         losses.append("the draft is served on other layers than it was trained on")
     decision = "do_not_ship" if losses else "ship" if len(wins) == 2 and not red else "inconclusive"
     if decision == "inconclusive" and any("must stay" in reason for reason in red):
         decision = "do_not_ship"
-    return {
+    grounds = {name: grounding.of(name, arm, concurrency) for name, arm in arms.items()}
+    contexts = {name: context.descriptor(acceptance, name, arms[name], concurrency, grounds[name][0]) for name in arms}
+    context.check_comparable(contexts)
+    sweep = _sweep(acceptance, trials, concurrency)
+    found = {
         "concurrency": concurrency,
         "decision": decision,
         "reasons": [*losses, *red, *notes, *wins, *void],
-        "diagnosis": diagnosis if decision == "do_not_ship" else "",
         "arms": arms,
-        "pairs": len(pairs),
-        "speedup_tpot": speedup,
-        "speedup_pairs": ratios,
-        "noise_floor": floor,
-        "p_value": sign_test(ratios),
-        "interval": bootstrap_interval(ratios),
-        "step_cost": None if baseline_speculates else cost,
-        "break_even_acceptance_length": None if baseline_speculates else cost,
+        "pairs": len(paired[TRAINED]),
+        "noise_trials": sum(t.get("purpose") == "noise" for t in usable),
+        "speedup_tpot": tpot.median,
+        "speedup_pairs": tpot.ratios,
+        "noise_floor": tpot.floor,
+        "p_value": tpot.p_value,
+        "interval": tpot.interval,
+        "step_cost": cost,
+        "break_even_acceptance_length": cost,
         "texts_equal": _mismatch(trials, STANDING, TRAINED) == 0,
         "text_mismatch": {
             "across_arms": _mismatch(trials, STANDING, TRAINED),
             "within_standing": _mismatch(trials, STANDING, STANDING),
+            "within_trained": _mismatch(trials, TRAINED, TRAINED),
         },
-        "next_levers": levers.frontier(arms, cost if not baseline_speculates else None, speedup, train),
-        "context": {name: descriptor(acceptance, name, arms[name], concurrency) for name in arms},
+        "speed_of_light": {name: ground[1] for name, ground in grounds.items()},
+        "rigor": grounding.rests,
+        "sweep": sweep,
+        "draft_lengths": _draft_lengths(arms, tpot.median, cost, sweep),
+        "context": {name: each.as_dict() for name, each in contexts.items()},
     }
+    found["cause"], found["diagnosis"] = diagnosis.diagnose(found, limits, evidence) if decision == "do_not_ship" else ("", "")
+    return found
+
+
+def _outcome(
+    concurrency: int,
+    arms: dict[str, dict[str, Any]],
+    tpot: Comparison,
+    accepted: Comparison,
+    cost: float | None,
+    limits: dict[str, float],
+) -> tuple[list[str], list[str], list[str]]:
+    """What wins, what loses and what nobody can tell, of TPOT and acceptance length."""
+    length, base = arms[TRAINED]["acceptance_length"], arms[STANDING]["acceptance_length"]
+    rates = arms[TRAINED]["acceptance_per_position"]
+    lists: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    test = f", p = {tpot.p_value:.3f}, 95 % interval {_figures(tpot.interval)}" if tpot.p_value and tpot.interval else ""
+    lists[tpot.direction].append(
+        f"TPOT speed-up {tpot.median:.2f} at concurrency {concurrency}, pairs {_figures(tpot.ratios)},"
+        f" noise floor {tpot.floor:.1%} of this session{test}"
+    )
+    if cost is None:
+        # Both arms speculate: acceptance length is compared like TPOT, pair by pair.
+        lists[accepted.direction].append(
+            f"acceptance length {length:.2f} against the standing arm's {base:.2f}, noise floor {accepted.floor:.1%}"
+        )
+    else:
+        # Without speculation it is 1 by definition, which any draft exceeds: it must exceed what a step costs.
+        needed = max(cost * (1 + tpot.floor), limits["min_acceptance_length"])
+        hopeless = bool(rates) and rates[0] < limits["near_zero_acceptance"]
+        direction = 1 if length > needed else -1 if hopeless or length < cost / (1 + tpot.floor) else 0
+        lists[direction].append(
+            f"acceptance length {length:.2f} against a break-even of {cost:.2f} at the measured step cost"
+            + (f"; only {rates[0]:.2f} of first positions are accepted" if hopeless else "")
+        )
+    return lists[1], lists[-1], lists[0]
+
+
+def _paired(trials: list[dict[str, Any]], tested: str) -> dict[str, list[dict[str, Any]]]:
+    by = {name: {t["pair"]: t for t in trials if t["arm"] == name} for name in (STANDING, tested)}
+    pairs = sorted(set(by[STANDING]) & set(by[tested]))
+    return {name: [by[name][pair] for pair in pairs] for name in (STANDING, tested)}
+
+
+def _compare(trials: list[dict[str, Any]], tested: str, figure: Any) -> Comparison:
+    return compare([Trial(t["arm"], t["pair"], figure(t)) for t in trials if t["arm"] in (STANDING, tested)], STANDING, tested)
+
+
+def _step_cost(arms: dict[str, dict[str, Any]], tested: str = TRAINED) -> float:
+    """What a speculative step costs relative to one without: TPOT ratio times tokens a step. Also the break-even."""
+    return float(arms[tested]["tpot_ms"]["median"] * arms[tested]["acceptance_length"] / arms[STANDING]["tpot_ms"]["median"])
+
+
+def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
+    """Every further K of the session, against the standing trials of its own pairs."""
+    found = []
+    for name, arm in acceptance["arms"].items():
+        if name in (STANDING, TRAINED):
+            continue
+        usable = [t for t in trials if not t["void"] and t.get("purpose") == "sweep"]
+        paired = _paired(usable, name)
+        if not paired[name]:
+            continue
+        arms = {each: _arm(paired[each], acceptance["arms"][each]) for each in (STANDING, name)}
+        pairs = {trial["pair"] for trial in paired[name]}
+        tpot = _compare([t for t in usable if t["pair"] in pairs], name, lambda trial: trial["client"]["tpot_ms"]["median"])
+        found.append(
+            {
+                "arm": name,
+                "k": int(arm["num_speculative_tokens"]),
+                "rates": arms[name]["acceptance_per_position"],
+                "acceptance_length": arms[name]["acceptance_length"],
+                "tpot_ms": arms[name]["tpot_ms"],
+                "step_cost": _step_cost(arms, name),
+                "speedup": tpot.median,
+                "noise_floor": tpot.floor,
+                "direction": tpot.direction,
+                "context": context.descriptor(
+                    acceptance, name, arms[name], concurrency,
+                    {"percent_of_sol": None, "ceiling": sol.NO_CEILING, "rigor": "L2"},
+                ).as_dict(),
+            }
+        )  # fmt: skip
+    return sorted(found, key=lambda point: point["k"])
+
+
+def _draft_lengths(
+    arms: dict[str, dict[str, Any]], speedup: float, cost: float | None, sweep: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    if cost is None:
+        return None  # against a standing arm that speculates itself, a step's cost has no common unit
+    trained = arms[TRAINED]
+    own = {
+        "k": len(trained["acceptance_per_position"]), "rates": trained["acceptance_per_position"],
+        "acceptance_length": trained["acceptance_length"], "step_cost": cost, "speedup": speedup,
+    }  # fmt: skip
+    return levers.draft_lengths([own, *sweep], arms[STANDING]["tpot_ms"]["median"])
+
+
+def _acceptance_length(engines: list[dict[str, Any]]) -> float:
+    """Ratio of sums. Without speculation every step yields the one token that the target computes: 1 by definition."""
+    drafts = sum(engine["drafts"] for engine in engines)
+    return 1 + sum(engine.get("accepted_tokens", 0) for engine in engines) / drafts if drafts else 1.0
 
 
 def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +350,7 @@ def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
     return {
         "speculative_config": arm["speculative_config"],
         "drafts": drafts,
-        # Without speculation every step yields the one token that the target computes: 1 by definition.
-        "acceptance_length": 1 + sum(e.get("accepted_tokens", 0) for e in engines) / drafts if drafts else 1.0,
+        "acceptance_length": _acceptance_length(engines),
         "acceptance_per_position": [
             sum(e["acceptance_per_position"][place] * e["drafts"] for e in engines) / drafts for place in range(positions)
         ],
@@ -175,7 +367,13 @@ def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _guardrails(
-    arms: dict[str, dict[str, Any]], limits: dict[str, float], speedup: float, length: float, speculates: bool
+    arms: dict[str, dict[str, Any]],
+    limits: dict[str, float],
+    speedup: float,
+    length: float,
+    speculates: bool,
+    temperature: float,
+    trials: list[dict[str, Any]],
 ) -> list[str]:
     standing, trained = arms[STANDING], arms[TRAINED]
     red = []
@@ -189,40 +387,18 @@ def _guardrails(
     gap = abs(trained["output_tokens_mean"] / standing["output_tokens_mean"] - 1)
     if gap > limits["max_length_difference"]:
         red.append(f"the arms' outputs differ in length by {gap:.1%}, so that their TPOT is not comparable")
+    if temperature == 0:
+        across = _mismatch(trials, STANDING, TRAINED)
+        within = max(_mismatch(trials, name, name) for name in arms)
+        if across > within + limits["max_text_mismatch"]:
+            red.append(f"{across:.0%} of greedy answers differ between the arms, {within:.0%} within one; speculation must not"
+                       " change them")  # fmt: skip
     if not speculates and speedup > length * (1 + limits["impossible_tolerance"]):
         red.append(f"a TPOT speed-up of {speedup:.2f} is impossible with an acceptance length of {length:.2f}")
+    rates = trained["acceptance_per_position"]
+    if length > 1 + len(rates) + 1e-6 or any(after > before + 1e-6 for before, after in itertools.pairwise(rates)):
+        red.append(f"acceptance by position {_figures(rates)} is impossible: a position counts only after those before it")
     return red
-
-
-def diagnose(
-    arms: dict[str, dict[str, Any]],
-    limits: dict[str, float],
-    speedup: float,
-    floor: float,
-    convert: dict[str, Any] | None,
-    train: dict[str, Any] | None,
-) -> str:
-    """The likely cause of a loss, in one sentence."""
-    if convert and _layers_mismatch(convert):
-        return (
-            f"The draft was trained on layers {convert['layers_captured']}, but is served on"
-            f" {convert['layers_served']} in vLLM's convention: convert it again."
-        )
-    rates = arms[TRAINED]["acceptance_per_position"]
-    accuracy = levers.training_accuracy(train, 0)
-    if rates and rates[0] < limits["near_zero_acceptance"]:
-        if accuracy is not None and accuracy >= limits["healthy_accuracy"]:
-            return (
-                f"Train/serve mismatch: training accuracy was {accuracy:.2f}, but only {rates[0]:.2f} of first positions"
-                " are accepted. Check the layers, the chat template and the target's version."
-            )
-        return f"The draft did not learn: only {rates[0]:.2f} of its first positions are accepted."
-    if speedup < 1 + floor:
-        return (
-            f"The draft is too slow for what it saves: acceptance length {arms[TRAINED]['acceptance_length']:.2f}"
-            f" gives a TPOT speed-up of {speedup:.2f}. Try a smaller K, a smaller draft or a lower concurrency."
-        )
-    return ""
 
 
 def tier_reasons(
@@ -230,33 +406,35 @@ def tier_reasons(
 ) -> list[str]:
     """What keeps the result a DRAFT; empty for a VERDICT."""
     reasons = []
-    modes = {name: arm["resolved"].get("cudagraph_mode") for name, arm in acceptance["arms"].items()}
+    compared = {name: acceptance["arms"][name] for name in (STANDING, TRAINED)}
+    modes = {name: arm["resolved"].get("cudagraph_mode") for name, arm in compared.items()}
     if acceptance["hardware"]["kind"] == "cpu":
         reasons.append("measured on a CPU, where there are no CUDA graphs")
     elif len(set(map(repr, modes.values()))) > 1:
         reasons.append(f"the arms resolved to different CUDA graph modes: {modes}")
     elif any(mode in (None, "NONE") for mode in modes.values()):
         reasons.append(f"CUDA graphs are off or unknown: {modes}")
-    eager = [name for name, arm in acceptance["arms"].items() if arm["resolved"].get("enforce_eager")]
+    eager = [name for name, arm in compared.items() if arm["resolved"].get("enforce_eager")]
     if eager:
         reasons.append(f"served eagerly: {', '.join(eager)}")
     fewest = min(shape["pairs"] for shape in shapes)
     if fewest < limits["min_trials"]:
         reasons.append(f"{fewest} usable trials an arm, fewer than {limits['min_trials']:g}")
     for difference in acceptance["differences"]:
-        reasons.append(f"the servers differ in {difference['field']}: {difference['values']}")
-    if dataset is None:
+        if not difference.get("follows_from_speculation"):
+            reasons.append(f"the servers differ in {difference['field']}: {difference['values']}")
+    method = (acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method")
+    if dataset is None and method not in UNTRAINED:
         reasons.append("nothing proves that training never saw the prompts")
-    elif dataset.get("overlap_train_eval"):
+    elif dataset is not None and dataset.get("overlap_train_eval"):
         reasons.append(f"training saw {dataset['overlap_train_eval']} of the prompts")
     return reasons
 
 
-def _layers_mismatch(convert: dict[str, Any]) -> bool:
-    shift = 1 if convert.get("method") == "eagle3" else 0
-    return bool(convert.get("layers_captured")) and convert["layers_served"] != [
-        layer + shift for layer in convert["layers_captured"]
-    ]
+def _training(shape: dict[str, Any], train: dict[str, Any] | None) -> dict[str, Any]:
+    """What the report sets beside the served figures: the curve, and accuracy against acceptance."""
+    rates = shape["arms"][TRAINED]["acceptance_per_position"]
+    return {"gaps": levers.position_gaps(rates, train), "curve": (train or {}).get("curve", [])}
 
 
 def _mismatch(trials: list[dict[str, Any]], left: str, right: str) -> float:
@@ -269,5 +447,5 @@ def _mismatch(trials: list[dict[str, Any]], left: str, right: str) -> float:
     return sum(a != b for a, b in compared) / len(compared) if compared else 0.0
 
 
-def _figures(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+def _figures(values: list[float] | None) -> str:
+    return " ".join(f"{value:.2f}" for value in values or [])

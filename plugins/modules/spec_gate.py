@@ -23,11 +23,17 @@ options:
     description: Which gate to judge.
     type: str
     required: true
-    choices: [preflight, dataset, capture, training, artifact, acceptance]
+    choices: [preflight, dataset, capture, training, artifact, acceptance, promotion]
   evidence:
     description:
       - Documents by name. A text is the path of a JSON file on the managed host, a mapping is the document itself.
       - The names are V(preflight), V(dataset), V(capture), V(train), V(convert) and V(acceptance).
+      - The V(acceptance) gate also takes V(ceilings) (the table of C(configs/sol-ceilings.yaml), a measured ceiling of
+        one's own under C(own)), V(target_config) (the target's C(config.json), for the share of the speed of light),
+        V(profile) (lists of files, C(dcgm) with what a DCGM exporter answered during the measurement and C(kernels)
+        with kernel profiles) and V(levers) (what earlier runs settled). V(target_config) and V(levers) need not exist.
+      - The V(promotion) gate takes V(verdict) and V(facts), what the standing deployment has now, C(hardware), C(vllm)
+        and C(image). The checksums of the staged draft, the target and the prompts are computed from their files.
     type: dict
     required: true
   thresholds:
@@ -105,18 +111,15 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.inference.spec_decode.plugins.module_utils import gates
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import (
-    read_json_object,
-    read_json_or_none,
-    write_json,
-)
+from ansible_collections.inference.spec_decode.plugins.module_utils.evidence import OPTIONAL, gather
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import read_json_or_none, write_json
 
 
 def run(module: AnsibleModule) -> dict:
     """Judge and, where asked, record the figures."""
     params = module.params
-    paths = {name: value for name, value in params["evidence"].items() if isinstance(value, str)}
-    if module.check_mode and any(not os.path.exists(path) for path in paths.values()):
+    needed = [value for name, value in params["evidence"].items() if isinstance(value, str) and name not in OPTIONAL]
+    if module.check_mode and any(not os.path.exists(path) for path in needed):
         return {
             "changed": False,
             "passed": True,
@@ -126,10 +129,7 @@ def run(module: AnsibleModule) -> dict:
             "cause": "",
             "remedy": "",
         }
-    evidence = {
-        name: read_json_object(value, f"{name} result") if isinstance(value, str) else value
-        for name, value in params["evidence"].items()
-    }
+    evidence = gather(params["gate"], params["evidence"])
     found = gates.evaluate(params["gate"], evidence, params["thresholds"])
     changed = False
     if params["result"] and found.passed:
@@ -151,7 +151,7 @@ def main() -> None:
             "gate": {
                 "type": "str",
                 "required": True,
-                "choices": ["preflight", "dataset", "capture", "training", "artifact", "acceptance"],
+                "choices": ["preflight", "dataset", "capture", "training", "artifact", "acceptance", "promotion"],
             },
             "evidence": {"type": "dict", "required": True},
             "thresholds": {"type": "dict", "default": {}},

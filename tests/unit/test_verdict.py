@@ -6,79 +6,11 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import statistics, verdict
+from ansible_collections.inference.spec_decode.plugins.module_utils import statistics
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-
-RESOLVED = {
-    "dtype": "torch.bfloat16", "quantization": None, "max_model_len": 512, "enforce_eager": False,
-    "cudagraph_mode": "FULL_AND_PIECEWISE", "kv_cache_dtype": "auto", "prefix_caching": False,
-    "gpu_memory_utilization": 0.9, "tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 1,
-    "expert_parallel": False, "max_num_seqs": 4, "max_num_batched_tokens": 512, "async_scheduling": True,
-    "version": "0.32.0",
-}  # fmt: skip
-HELD_OUT = {"overlap_train_eval": 0}
-HEALTHY = {"last": {"accs": [0.9, 0.85, 0.8]}}
-RIGHT_LAYERS = {"method": "eagle3", "layers_captured": [1, 7, 12], "layers_served": [2, 8, 13]}
-
-
-def trial(arm, pair, tpot, rates=(), concurrency=1, **client):
-    drafts = 1000.0 if rates else 0
-    return {
-        "arm": arm,
-        "pair": pair,
-        "concurrency": concurrency,
-        "void": "",
-        "texts": ["x", "y"],
-        "client": {
-            "tpot_ms": {"median": tpot, "mean": tpot},
-            "ttft_ms": {"median": 20.0, "p99": 30.0},
-            "output_tokens_per_s": 1000 / tpot,
-            "output_tokens": {"mean": 100.0},
-            "input_tokens": {"mean": 20.0},
-            "requests": 16,
-            "errors": 0,
-            **client,
-        },
-        "engine": {
-            "drafts": drafts,
-            "accepted_tokens": drafts * sum(rates),
-            "acceptance_per_position": list(rates),
-            "itl_s": {"mean": tpot / 1e3},
-        },
-    }
-
-
-def measurement(standing, trained, rates=(0.9, 0.8, 0.7), base_rates=(), kind="gpu"):
-    trials = [trial("standing", pair, tpot, base_rates) for pair, tpot in enumerate(standing, 1)]
-    trials += [trial("trained", pair, tpot, rates) for pair, tpot in enumerate(trained, 1)]
-    return {
-        "finished_at": "2026-01-01T00:00:00+00:00",
-        "plan": {
-            "model": "m", "target": {"path": "/m", "sha": "t"}, "prompts": {"path": "eval.jsonl", "count": 16},
-            "max_tokens": 100, "temperature": 0.0, "warmup": 4, "concurrencies": [1],
-        },
-        "draft": {"sha": "d"},
-        "arms": {
-            "standing": {"speculative_config": None, "resolved": dict(RESOLVED)},
-            "trained": {"speculative_config": {"method": "eagle3", "num_speculative_tokens": 3}, "resolved": dict(RESOLVED)},
-        },
-        "differences": [],
-        "node": "n1",
-        "hardware": {"kind": kind, "name": "H", "count": 1},
-        "trials": trials,
-    }  # fmt: skip
-
-
-def judge(found, **given):
-    healthy = {"train": HEALTHY, "convert": RIGHT_LAYERS, "dataset": HELD_OUT}
-    evidence = {name: given.pop(name, default) for name, default in healthy.items()}
-    return verdict.judge(found, given, **evidence)
-
-
-WIN = ([5.0, 5.1, 5.0], [2.5, 2.6, 2.5])
+from ansible_collections.inference.spec_decode.tests.unit.measurements import RIGHT_LAYERS, WIN, judge, measurement, trial
 
 
 def test_clear_win_is_a_verdict_to_ship():
@@ -95,7 +27,7 @@ def test_clear_win_is_a_verdict_to_ship():
         (lambda m: m["hardware"].update(kind="cpu"), "measured on a CPU"),
         (lambda m: m["arms"]["trained"]["resolved"].update(cudagraph_mode="PIECEWISE"), "different CUDA graph modes"),
         (lambda m: [a["resolved"].update(cudagraph_mode="NONE") for a in m["arms"].values()], "CUDA graphs are off"),
-        (lambda m: m["arms"]["standing"]["resolved"].update(enforce_eager=True), "served eagerly: standing"),
+        (lambda m: [a["resolved"].update(enforce_eager=True) for a in m["arms"].values()], "served eagerly: standing, trained"),
         (lambda m: m.update(trials=[t for t in m["trials"] if t["pair"] < 3]), "2 usable trials an arm, fewer than 3"),
         (lambda m: m["differences"].append({"field": "x.y", "values": {"standing": 1}}), "the servers differ in x.y"),
     ],
@@ -113,7 +45,7 @@ def test_prompts_must_be_proven_held_out():
 
 
 def test_clear_loss_is_not_shipped_and_called_too_slow():
-    found = judge(measurement([5.0, 5.1, 5.0], [6.0, 6.1, 6.0], rates=(0.3, 0.1, 0.0)))
+    found = judge(measurement([5.0, 5.1, 5.0], [6.0, 6.1, 6.0], rates=(0.6, 0.3, 0.1)))
     assert found["decision"] == "do_not_ship" and "too slow for what it saves" in found["diagnosis"]
 
 
@@ -125,7 +57,9 @@ def test_near_zero_acceptance_with_healthy_training_is_a_mismatch():
 def test_wrong_layers_are_caught_without_the_counters():
     shifted = {**RIGHT_LAYERS, "layers_served": [1, 7, 12]}
     found = judge(measurement(*WIN), convert=shifted)
-    assert found["decision"] == "do_not_ship" and "trained on layers [1, 7, 12]" in found["diagnosis"]
+    assert (
+        found["decision"] == "do_not_ship" and "trained on layers [1, 7, 12]" in found["diagnosis"] and found["cause"] == "layers"
+    )
 
 
 def test_win_within_the_noise_is_inconclusive():
@@ -177,18 +111,6 @@ def test_number_without_context_cannot_leave():
         judge(found)
 
 
-@pytest.mark.parametrize("pairs", [3, 5])
-def test_identical_arms_are_inconclusive_at_least_95_times_in_100(pairs):
-    rng = random.Random(1)
-    pool = [rng.gauss(5.0, 0.15) for _trial in range(40)]
-    same = (0.8, 0.6, 0.5)
-    decisions = [
-        judge(measurement(rng.choices(pool, k=pairs), rng.choices(pool, k=pairs), rates=same, base_rates=same))["decision"]
-        for _attempt in range(400)
-    ]
-    assert decisions.count("inconclusive") >= 380
-
-
 def test_loads_that_disagree_are_not_shipped():
     found = measurement(*WIN)
     found["plan"]["concurrencies"] = [1, 8]
@@ -217,8 +139,3 @@ def test_sign_test_and_interval():
     assert statistics.sign_test([2.0] * 4 + [0.5]) == pytest.approx(6 / 32)
     low, high = statistics.bootstrap_interval([1.9, 2.0, 2.1, 2.0, 2.2])
     assert 1.9 <= low <= 2.0 <= high <= 2.2
-
-
-def test_noise_floor_is_the_widest_arm():
-    assert statistics.noise_floor([[5.0, 5.0], [2.0, 2.2]]) == pytest.approx(0.1)
-    assert statistics.noise_floor([[5.0, 5.0]]) == statistics.SMALLEST_FLOOR

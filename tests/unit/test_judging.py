@@ -1,0 +1,440 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What surrounds a decision: contexts, speed of light, levers, diagnoses, freshness, plots, and where evidence is read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pathlib
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import yaml
+from ansible_collections.inference.spec_decode.plugins.module_utils import (
+    context,
+    evidence,
+    gates,
+    levers,
+    plots,
+    sol,
+    verdict,
+)
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.tests.unit.measurements import (
+    HEALTHY,
+    RIGHT_LAYERS,
+    WIN,
+    judge,
+    measurement,
+    trial,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+CEILINGS = yaml.safe_load((pathlib.Path(__file__).parent.parent.parent / "configs/sol-ceilings.yaml").read_text())
+CONFIG = {"num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 512}
+
+
+def swept(k, standing, tpot, rates, found=None):
+    """A measurement with a further K in the same session."""
+    found = found or measurement(*WIN)
+    name = f"trained-k{k}"
+    found["arms"][name] = {
+        "speculative_config": {"method": "eagle3", "num_speculative_tokens": k},
+        "num_speculative_tokens": k, "sweep": True, "resolved": dict(found["arms"]["trained"]["resolved"]),
+    }  # fmt: skip
+    for number, (before, after) in enumerate(zip(standing, tpot), 1):
+        for arm, value, each in (("standing", before, ()), (name, after, rates)):
+            found["trials"].append({**trial(arm, 100 * k + number, value, each), "purpose": "sweep"})
+    return found
+
+
+# Contexts
+
+
+def test_context_survives_a_round_trip_and_lacks_nothing():
+    stored = judge(measurement(*WIN))["context"]["trained"]
+    assert context.Context.from_dict(stored, "it").as_dict() == stored
+    assert stored["grounding"]["ceiling"] == sol.NO_CEILING and stored["grounding"]["percent_of_sol"] is None
+
+
+@given(st.sampled_from([(s, f) for s, kind in context.SECTIONS.items() for f in kind.__dataclass_fields__]), st.booleans())
+def test_number_with_a_hole_in_its_context_is_refused(place, drop):
+    section, field = place
+    stored = copy.deepcopy(judge(measurement(*WIN))["context"]["trained"])
+    if drop:
+        del stored[section][field]
+    else:
+        stored[section][field] = None
+        if f"{section}.{field}" in context.MAY_BE_NONE:
+            return
+    with pytest.raises(SpecDecodeError, match=f"has no whole context: {section}.{field} is unknown"):
+        context.Context.from_dict(stored, "this number")
+
+
+def test_result_with_a_bare_number_is_refused():
+    found = judge(measurement(*WIN))
+    del found["shapes"][0]["context"]["standing"]
+    with pytest.raises(SpecDecodeError, match="standing arm's numbers at concurrency 1 has no whole context"):
+        context.check_numbers(found)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("max_num_seqs", 8, "serving.max_num_seqs: 4 and 8"),
+        ("kv_cache_dtype", "fp8", "identity.kv_cache_dtype: auto and fp8"),
+        ("tensor_parallel", 2, "parallelism.tensor: 1 and 2"),
+        ("version", "0.31.0", "stack.version: 0.32.0 and 0.31.0"),
+        ("enforce_eager", True, "serving.enforce_eager: False and True"),
+    ],
+)
+def test_comparison_beyond_the_tested_factor_is_refused(field, value, name):
+    found = measurement(*WIN)
+    found["arms"]["trained"]["resolved"][field] = value
+    with pytest.raises(SpecDecodeError, match=f"cannot be compared, for they differ in more .*{name}"):
+        judge(found)
+
+
+def test_what_follows_from_speculation_is_no_reason_against():
+    found = measurement(*WIN)
+    found["differences"] = [{"field": "cudagraph_capture_sizes", "values": {}, "follows_from_speculation": True}]
+    assert judge(found)["tier"] == "VERDICT"
+
+
+# Speed of light
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100-PCIE"), ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200"), ("NVIDIA GB200", "GB200"), ("NVIDIA GB300", "GB300"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+    ],
+)  # fmt: skip
+def test_hardware_by_the_name_that_it_gives_itself(name, key):
+    found = sol.ceiling_for(name, CEILINGS)
+    assert found is not None and found[0] == key and found[1]["source"]
+
+
+def test_cpu_has_no_ceiling_unless_one_was_measured():
+    assert sol.ceiling_for("Intel(R) Xeon(R) Processor", CEILINGS) is None
+    own = {"key": "bench-1", "memory_bandwidth_bytes_per_s": 5e10, "source": "STREAM triad"}
+    assert sol.ceiling_for("Intel(R) Xeon(R) Processor", CEILINGS, own) == ("bench-1", own)
+    with pytest.raises(SpecDecodeError, match="spec_sol_ceiling lacks source"):
+        sol.ceiling_for("x", CEILINGS, {**own, "source": ""})
+
+
+def test_share_of_the_speed_of_light_by_hand():
+    found = measurement(*WIN)
+    found["hardware"]["name"] = "NVIDIA H100 80GB HBM3"
+    found["plan"]["target"]["bytes"] = 10_000_000_000
+    result = judge(found, ceilings=CEILINGS, target_config=CONFIG, convert={**RIGHT_LAYERS, "parameters": 100_000_000})
+    # Without speculation: weights and 20 + 100 / 2 tokens of KV cache, 2 * 10 * 2 * 64 * 2 bytes each.
+    standing = result["shapes"][0]["speed_of_light"]["standing"]
+    assert standing["tpot_ms_at_sol"] == pytest.approx(1e3 * (1e10 + 70 * 5120) / 3.35e12)
+    assert standing["percent"] == pytest.approx(100 * standing["tpot_ms_at_sol"] / 5.0)
+    # With it: three drafting passes more, and 3.4 tokens a step.
+    trained = result["shapes"][0]["speed_of_light"]["trained"]
+    assert trained["bytes_per_accepted_token"] == pytest.approx((1e10 + 3 * 2e8 + 70 * 5120) / 3.4)
+    assert result["context"]["trained"]["grounding"]["ceiling"] == "H100"
+    assert result["context"]["trained"]["grounding"]["percent_of_sol"] == round(trained["percent"], 2)
+
+
+def test_experts_have_no_share_that_could_be_wrong():
+    parts = sol.traffic({"bytes": 1}, {**CONFIG, "num_experts": 64}, {"kv_cache_dtype": "auto", "dtype": "bfloat16"}, None, None)
+    assert parts["weight_bytes"] is None and sol.share({}, {}, 1, parts, 1.0) is None
+
+
+def test_latent_attention_caches_its_latent():
+    config = {**CONFIG, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    assert sol.kv_bytes_per_token(config, "auto", "torch.bfloat16") == 10 * 576 * 2
+    assert sol.kv_bytes_per_token(config, "fp8", "torch.bfloat16") == 10 * 576
+
+
+@pytest.mark.parametrize(
+    ("profile", "level"),
+    [(None, "L2"), ({"kernels": ["a.ncu-rep"]}, "L2"), ({"dcgm": ["m"]}, "L3"), ({"dcgm": ["m"], "kernels": ["a"]}, "L4")],
+)
+def test_rigor_is_never_above_the_evidence(profile, level):
+    assert sol.rigor(profile)[0] == level
+
+
+# Levers
+
+
+def test_two_values_of_k_give_the_cost_of_a_position():
+    found = judge(swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5)))["shapes"][0]["draft_lengths"]
+    # r(3) = 2.5 * 3.4 / 5 = 1.7, r(5) = 2.0 * 4.5 / 5 = 1.8
+    assert (found["v0"], found["c"]) == (pytest.approx(1.55), pytest.approx(0.05))
+    assert found["best"]["k"] == 7 and found["best"]["tpot_ms"] == pytest.approx(5.0 / found["best"]["speedup"])
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.floats(0.5, 4)), min_size=2, max_size=6), st.floats(0.5, 2), st.floats(0, 0.5))
+def test_fit_of_a_line_is_that_line(points, v0, c):
+    exact = [(k, v0 + c * k) for k, _noise in points]
+    fitted = levers.fit_step_cost(exact)
+    if len({k for k, _cost in exact}) < 2:
+        assert fitted is None
+    else:
+        assert fitted == (pytest.approx(v0, abs=1e-6), pytest.approx(c, abs=1e-6))
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8).map(lambda r: sorted(r, reverse=True)), st.integers(1, 12))
+def test_acceptance_length_grows_with_k_and_never_beyond_it(rates, k):
+    assert 1 < levers.acceptance_length(rates, k) <= levers.acceptance_length(rates, k + 1) <= k + 2
+
+
+def test_gap_between_training_and_serving_names_its_position():
+    lever = next(x for x in judge(measurement(*WIN, rates=(0.85, 0.4, 0.3)))["next_levers"] if x["id"] == "data")
+    assert "position 2: 0.85 in training, 0.47 served" in lever["expected"]
+
+
+def test_frontier_is_ranked_and_each_lever_says_how_it_is_tested():
+    found = judge(measurement(*WIN))["next_levers"]
+    assert [lever["unlock"] for lever in found] == sorted((lever["unlock"] for lever in found), reverse=True)
+    assert all(lever["id"] and lever["gate"] and lever["cost"] and lever["expected"] for lever in found)
+
+
+def test_refuted_lever_is_kept_with_its_reason_and_not_proposed_again():
+    first = judge(measurement(*WIN))
+    assert any(lever["id"] == "k=4" for lever in first["next_levers"])
+    longer = judge(measurement([5.0, 5.1, 5.0], [2.5, 2.6, 2.5], rates=(0.9, 0.8, 0.7, 0.1)), ledger=first["levers"])
+    entry = next(x for x in longer["levers"]["levers"] if x["id"] == "k=4")
+    assert entry["status"] == "refuted" and "at K = 4" in entry["reason"]
+    third = judge(measurement([5.0, 5.1, 5.2], [2.5, 2.6, 2.5]), ledger=longer["levers"])
+    assert "k=4" not in {lever["id"] for lever in third["next_levers"]}
+    # Another draft may do better at K = 4: what was refuted is open again.
+    other = measurement([5.0, 5.1, 5.2], [2.5, 2.6, 2.5])
+    other["draft"]["sha"] = "another"
+    assert "k=4" in {lever["id"] for lever in judge(other, ledger=longer["levers"])["next_levers"]}
+
+
+def test_judging_the_same_measurement_twice_changes_nothing():
+    first = judge(measurement(*WIN))
+    assert judge(measurement(*WIN), ledger=first["levers"]) == first
+
+
+def test_sweep_settles_its_own_levers():
+    found = judge(swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5)))["levers"]["levers"]
+    assert next(x for x in found if x["id"] == "k=5")["status"] == "proved"
+    found = judge(swept(2, [5.0] * 3, [2.9] * 3, (0.9, 0.8)))["levers"]["levers"]
+    assert next(x for x in found if x["id"] == "k=2")["status"] == "refuted"
+
+
+# Diagnoses
+
+
+def test_wrong_k_is_said_where_another_k_wins():
+    slow = measurement([5.0, 5.0, 5.0], [5.6, 5.6, 5.6], rates=(0.7, 0.3, 0.1, 0.0, 0.0))
+    found = judge(swept(1, [5.0] * 3, [4.0] * 3, (0.7,), slow))
+    assert (found["decision"], found["cause"]) == ("do_not_ship", "wrong_k")
+    assert "K = 1 gives a speed-up of 1.25 in this session" in found["diagnosis"]
+
+
+def test_win_at_one_load_and_loss_at_another_is_the_wrong_regime():
+    found = measurement(*WIN)
+    found["plan"]["concurrencies"] = [1, 8]
+    for pair in (1, 2, 3):
+        found["trials"] += [
+            trial("standing", pair, 5.0, concurrency=8),
+            trial("trained", pair, 8.0, (0.9, 0.8, 0.7), concurrency=8),
+        ]
+    result = judge(found)
+    assert (result["decision"], result["cause"]) == ("do_not_ship", "wrong_regime")
+    assert "wins at concurrency 1 and loses at 8" in result["diagnosis"]
+
+
+def test_lookup_that_finds_nothing_is_not_called_untrained():
+    found = measurement([5.0] * 3, [6.0] * 3, rates=(0.05, 0.0))
+    found["arms"]["trained"]["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 2}
+    result = judge(found, train=None, convert=None, dataset=None)
+    assert (result["decision"], result["cause"], result["tier"]) == ("do_not_ship", "nothing_to_copy", "VERDICT")
+
+
+def test_untrained_draft_of_unknown_origin():
+    found = judge(measurement([5.0] * 3, [5.0] * 3, rates=(0.02, 0.0)), train=None, convert=None)
+    assert (found["decision"], found["cause"]) == ("do_not_ship", "not_learned")
+
+
+def test_cheaper_but_less_accepted_than_the_standing_draft():
+    found = judge(measurement([5.0] * 3, [4.0] * 3, rates=(0.6, 0.3, 0.1), base_rates=(0.9, 0.8, 0.7)), train=None)
+    assert (found["decision"], found["cause"]) == ("do_not_ship", "fewer_accepted")
+
+
+@pytest.mark.parametrize("served", [[1, 7, 12], [3, 9, 14], None])
+def test_layers_shifted_by_one_are_caught_from_the_served_config(served):
+    config = {} if served is None else {"eagle_aux_hidden_state_layer_ids": served}
+    convert = {
+        **RIGHT_LAYERS, "problems": [], "load_checked": True, "loads": True, "load_error": "", "draft_dir": "/d", "sha": "s",
+        "tensors": [], "parameters": 1,
+    }  # fmt: skip
+    red = gates.evaluate("artifact", {"convert": convert, "draft_config": config, "capture": {"layers": [1, 7, 12]}})
+    assert not red.passed and "which vLLM's eagle_aux_hidden_state_layer_ids calls [2, 8, 13]" in red.reasons[0]
+    assert verdict.judge(measurement(*WIN), convert=convert, draft_config=config)["cause"] == "layers"
+    good = {"eagle_aux_hidden_state_layer_ids": [2, 8, 13]}
+    assert gates.evaluate("artifact", {"convert": convert, "draft_config": good}).passed
+
+
+def test_dflash_layers_are_compared_in_their_own_convention():
+    convert = {"method": "dflash", "layers_captured": [1, 7], "layers_served": [1, 7]}
+    right, wrong = ({"dflash_config": {"target_layer_ids": ids}} for ids in ([1, 7], [2, 8]))
+    assert verdict.judge(measurement(*WIN), convert=convert, draft_config=right)["decision"] == "ship"
+    assert verdict.judge(measurement(*WIN), convert=convert, draft_config=wrong)["cause"] == "layers"
+
+
+# Guardrails
+
+
+def test_changed_greedy_answers_keep_it_back():
+    found = measurement(*WIN)
+    for each in found["trials"]:
+        each["texts"] = ["x", "z" if each["arm"] == "trained" else "y"]
+    result = judge(found)
+    assert result["decision"] == "inconclusive" and any("50% of greedy answers differ" in r for r in result["reasons"])
+
+
+def test_answers_that_differ_within_an_arm_as_well_are_the_machine_s_doing():
+    found = measurement(*WIN)
+    for number, each in enumerate(found["trials"]):
+        each["texts"] = ["x", f"y{number}"]
+    assert judge(found)["decision"] == "ship"
+
+
+def test_impossible_acceptance_is_not_believed():
+    assert judge(measurement(*WIN, rates=(0.5, 0.8, 0.7)))["decision"] == "inconclusive"
+
+
+def test_five_pairs_bring_a_p_value_and_an_interval():
+    found = judge(measurement([5.0, 5.1, 5.0, 5.05, 5.0], [2.5, 2.6, 2.5, 2.5, 2.55]))
+    shape = found["shapes"][0]
+    assert found["tier"] == "VERDICT" and found["decision"] == "ship"
+    assert shape["p_value"] == pytest.approx(1 / 32) and 1.9 < shape["interval"][0] <= shape["interval"][1] < 2.1
+    assert any("p = 0.031, 95 % interval" in reason for reason in found["reasons"])
+
+
+def test_extra_trials_of_the_standing_arm_add_to_the_noise():
+    quiet, noisy = measurement(*WIN), measurement(*WIN)
+    for number, value in enumerate((3.0, 6.0, 9.0), 50):
+        noisy["trials"].append({**trial("standing", number, value), "purpose": "noise"})
+    floors = [judge(found)["shapes"][0]["noise_floor"] for found in (quiet, noisy)]
+    assert floors[1] > 5 * floors[0] and judge(noisy)["shapes"][0]["noise_trials"] == 3
+
+
+# Freshness and promotion
+
+
+FACTS = {"draft_sha": "d", "target_sha": "t", "hardware": "H", "vllm": "0.32.0"}
+
+
+def test_fresh_verdict_is_not_stale():
+    assert verdict.stale(judge(measurement(*WIN)), FACTS) == []
+    assert verdict.stale(judge(measurement(*WIN)), {**FACTS, "vllm": "0.32.0+cu130"}) == []
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_each_changed_fact_makes_a_verdict_stale(name):
+    found = judge(measurement(*WIN))
+    assert verdict.stale(found, {**FACTS, name: "other"}) == [f"{name} was {FACTS[name]} and is other now"]
+    assert verdict.stale(found, {**FACTS, name: None})[0].startswith(f"nothing tells what {name} is now")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"decision": "do_not_ship"}, "the decision is do not ship, not ship"),
+        ({"tier": "DRAFT", "tier_reasons": ["measured on a CPU"]}, "it is a DRAFT, not a VERDICT: measured on a CPU"),
+    ],
+)
+def test_promotion_needs_a_verdict_that_says_ship(change, words):
+    result = gates.evaluate("promotion", {"verdict": {**judge(measurement(*WIN)), **change}, "facts": FACTS})
+    assert result.passed == (not words) and (not words or words in result.reasons[0])
+    assert result.figures["previous"] is None and result.figures["speculative_config"]["method"] == "eagle3"
+
+
+def test_promotion_of_another_artifact_is_refused(tmp_path):
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"weights")
+    found = measurement(*WIN)
+    found["draft"]["sha"] = evidence.draft_sha(str(draft))
+    found["arms"]["trained"]["speculative_config"]["model"] = str(draft)
+    given = {"verdict": judge(found), "facts": {"hardware": "H", "vllm": "0.32.0", "target_sha": "t", "draft_sha": "claimed"}}
+    assert gates.evaluate("promotion", evidence.gather("promotion", given)).passed
+    (draft / "model.safetensors").write_bytes(b"other weights")
+    red = gates.evaluate("promotion", evidence.gather("promotion", given))
+    assert not red.passed and red.reasons[0].startswith("draft_sha was ")
+
+
+def test_promotion_without_a_whole_verdict_is_one_sentence():
+    with pytest.raises(SpecDecodeError, match="The verdict lacks 'verdict'"):
+        evidence.gather("promotion", {"facts": {}})
+
+
+# Evidence
+
+
+def test_training_curve_is_found_below_the_bundle_and_thinned(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "train").mkdir()
+    rows = [{"step": n, "loss": 1.0 / n, "acc_0": 0.5, "lr": 1.0} for n in range(1, 1001)]
+    (tmp_path / "train/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10')
+    (tmp_path / "results/train.json").write_text(json.dumps({"metrics_path": "train/metrics.jsonl"}))
+    found = evidence.gather("acceptance", {"train": str(tmp_path / "results/train.json")})
+    curve = found["train"]["curve"]
+    assert len(curve) == 200 and set(curve[0]) == {"step", "loss", "acc_0"}
+
+
+def test_profile_counts_only_if_it_is_one_and_of_that_time(tmp_path):
+    metrics, kernels = tmp_path / "dcgm.txt", tmp_path / "run.ncu-rep"
+    metrics.write_text('DCGM_FI_PROF_DRAM_ACTIVE{gpu="0"} 0.61\n')
+    kernels.write_text("x")
+    profile = {"dcgm": [str(metrics)], "kernels": [str(kernels)]}
+    for path in (metrics, kernels):
+        os.utime(path, (1_767_225_700, 1_767_225_700))
+    window = ("2026-01-01T00:00:00+00:00", "2026-01-01T00:10:00+00:00")
+    assert sol.rigor(evidence.captured(profile, window))[0] == "L4"
+    with pytest.raises(SpecDecodeError, match="outside the measurement"):
+        evidence.captured(profile, ("2026-02-01T00:00:00+00:00", "2026-02-01T00:10:00+00:00"))
+    metrics.write_text("nothing of the kind\n")
+    with pytest.raises(SpecDecodeError, match="holds no metrics of the DCGM exporter"):
+        evidence.captured(profile, window)
+    with pytest.raises(SpecDecodeError, match="is missing or empty"):
+        evidence.captured({"dcgm": [str(tmp_path / "none")]}, window)
+
+
+# Plots
+
+
+def test_plots_are_whole_svg_that_stays_inside_its_frame():
+    found = swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5))
+    curve = [{"step": n, "loss": 5.0 / n, "acc_0": 1 - 1 / n} for n in range(1, 30)]
+    shown = plots.figures(judge(found, train={**HEALTHY, "curve": curve}))
+    assert [figure["caption"].partition(",")[0] for figure in shown] == [
+        "Accepted by position", "TPOT of each trial", "Speed-up against K", "Training: loss", "Training: accuracy by position"
+    ]  # fmt: skip
+    for figure in shown:
+        root = ElementTree.fromstring(figure["svg"])
+        for node in root.iter():
+            for key in ("x", "cx", "x1", "x2"):
+                assert 0 <= float(node.get(key, 0)) <= plots.WIDTH
+            for key in ("y", "cy", "y1", "y2"):
+                assert 0 <= float(node.get(key, 0)) <= plots.HEIGHT
+
+
+@given(st.floats(-1e3, 1e3), st.floats(0, 1e3))
+def test_ticks_enclose_the_range(low, span):
+    ticks = plots._ticks(low, low + span)
+    assert ticks[0] <= low + 1e-6 * max(1, abs(low)) and ticks[-1] >= low + span - 1e-6 * max(1, abs(low + span))
+    assert 2 <= len(ticks) <= 9 and all(math.isfinite(tick) for tick in ticks)
+
+
+def test_names_are_escaped_in_plots():
+    svg = plots.chart("<b>", [plots.Series("a & b", [(1, 2)])], x_label="<", y_label=">")
+    assert "<b>" not in svg.replace("&lt;b&gt;", "") and "a &amp; b" in svg
