@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive, experiment, layers, plots, report
+from ansible_collections.inference.spec_decode.plugins.module_utils import (
+    derive,
+    experiment,
+    layers,
+    phases,
+    plots,
+    report,
+)
 from ansible_collections.inference.spec_decode.plugins.module_utils import draft_config as drafts
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
@@ -42,7 +49,9 @@ class FilterModule:
             "dflash_target_layers": layers.dflash_target_layers,
             "draft_config": draft_config,
             "experiment": experiment.compose,
+            "next_step": phases.next_step,
             "parameters_table": experiment.parameters_table,
+            "phases": phases.selected,
             "served_aux_layers": layers.served_aux_layers,
             "spec_slug": derive.spec_slug,
             "verdict_fact": report.verdict_fact,

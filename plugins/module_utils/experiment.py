@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from typing import Any
 
 from .draft_config import METHODS
@@ -208,7 +209,7 @@ def _documents(experiment: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
 
 
 def parameters_table(experiment: dict[str, Any]) -> list[str]:
-    """The parameters stated back, a line each, for a terminal of 80 columns."""
+    """The parameters stated back, for a terminal of 80 columns; only a path may be longer."""
     target = experiment["target"]
     method = experiment["method"]
     served = experiment["served_layers"]
@@ -217,7 +218,7 @@ def parameters_table(experiment: dict[str, Any]) -> list[str]:
         "target": f"{target['path']} ({target['architecture']}, {target['parameters'] / 1e6:.1f} M parameters)",
         "method": f"{method}, K = {experiment['num_speculative_tokens']}",
         "aux layers": f"{experiment['aux_layers']} ({experiment['derivation']['aux_layers']['rule']}); vLLM's ids: {served}",
-        "chat template": experiment["chat_template"],
+        "chat template": f"{experiment['chat_template']} ({experiment['derivation']['chat_template']['rule']})",
         "data": f"{experiment['dataset']['train']} rows to train, {experiment['dataset']['eval']} held out"
         + (", in the target's own words" if experiment["dataset"]["regenerate"] else ""),
         "training": f"{experiment['training']['steps']} steps",
@@ -226,4 +227,11 @@ def parameters_table(experiment: dict[str, Any]) -> list[str]:
         "engine": ", ".join(f"{name} {version}" for name, version in experiment["engine"].items() if version),
         "bundle": experiment["bundle"],
     }
-    return [f"{name:<14} {value}" for name, value in lines.items()]
+    indent = " " * 15
+    return [
+        line
+        for name, value in lines.items()
+        for line in textwrap.wrap(
+            value, 72, initial_indent=f"{name:<15}", subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    ]

@@ -37,9 +37,12 @@ options:
     type: path
     required: true
   chat_template:
-    description: Name of the chat template in SpecForge's registry.
+    description:
+      - Name of the chat template in SpecForge's registry.
+      - If empty, the one of the target's family whose markers the target's own template writes; an error where that is
+        not certain.
     type: str
-    required: true
+    default: ""
   chat_template_file:
     description: JSON file with the fields of a chat template that SpecForge does not know.
     type: str
@@ -102,19 +105,23 @@ checks:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive, preflight
+from ansible_collections.inference.spec_decode.plugins.module_utils import chat_templates, derive, preflight
 from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 
 def run(params: dict) -> dict:
     """The plan and its checks."""
+    if not params["target"]:
+        raise SpecDecodeError("No target is given.", "Give the folder of a Hugging Face checkpoint with -e target=.")
     plan = derive.plan(params["target"], params["method"], params["overrides"])
     engine = engine_facts(params["engine_python"])
+    template = chat_templates.planned(plan, params["chat_template"], params["chat_template_file"], engine["templates"])
+    plan["values"]["chat_template"], plan["derivation"]["chat_template"] = template["value"], template
     checks = preflight.checks(
         plan,
         engine,
-        chat_template=params["chat_template"],
+        chat_template=template["value"],
         chat_template_file=params["chat_template_file"],
         work_dir=params["work_dir"],
         sources=params["sources"],
@@ -132,7 +139,7 @@ def main() -> None:
             "method": {"type": "str", "required": True},
             "overrides": {"type": "dict", "default": {}},
             "engine_python": {"type": "path", "required": True},
-            "chat_template": {"type": "str", "required": True},
+            "chat_template": {"type": "str", "default": ""},
             "chat_template_file": {"type": "str", "default": ""},
             "work_dir": {"type": "path", "required": True},
             "sources": {"type": "list", "elements": "dict", "default": []},

@@ -101,7 +101,7 @@ def write_target(folder: pathlib.Path) -> None:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 3, "content": "<|mask|>"}]}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<|im_start|>{{ messages }}<|im_end|>"}))
     shapes = {"model.embed_tokens.weight": [12, 8], "lm_head.weight": [12, 8]}
     header, end = {}, 0
     for name, (rows, columns) in shapes.items():

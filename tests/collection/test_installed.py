@@ -27,6 +27,12 @@ def test_train_draft_by_its_name_in_check_mode(installed, method):
     assert not installed.work.exists(), "check mode must leave nothing behind"
 
 
+def test_target_alone_suffices(installed):
+    """Method and chat template are derived, and said."""
+    printed = installed.play("train_draft", "--check", target=str(installed.target))
+    assert "tiny-eagle3" in printed and "qwen (the one of qwen3 whose markers" in " ".join(printed.replace("\\n", " ").split())
+
+
 @pytest.mark.parametrize("playbook", PLAYBOOKS)
 def test_every_playbook_can_be_had_by_its_name(installed, playbook):
     installed.play(playbook, "--syntax-check")

@@ -33,7 +33,7 @@ def plan(path="/models/base", method="eagle3"):
             "embedding_key": "model.embed_tokens.weight", "lm_head_key": "lm_head.weight",
         },
         "draft_configs": {"eagle3": draft, "dflash": draft},
-        "derivation": {"aux_layers": rule},
+        "derivation": {"aux_layers": rule, "chat_template": {"value": "qwen", "source": "explicit", "rule": "given"}},
     }  # fmt: skip
 
 
@@ -175,3 +175,6 @@ def test_only_what_a_phase_depends_on_is_part_of_its_identity():
 def test_parameters_fit_a_terminal():
     lines = experiment.parameters_table(experiment.compose(plan(), settings()))
     assert any("[1, 7, 12]" in line and "[2, 8, 13]" in line for line in lines)
+    assert max(map(len, lines)) <= 72, "a callback indents them"
+    long = experiment.parameters_table(experiment.compose(plan("/a long/path " * 12), settings()))
+    assert max(map(len, long)) <= 72
