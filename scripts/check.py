@@ -77,6 +77,7 @@ def checks(tree: pathlib.Path) -> list[Check]:
             "ansible-test sanity", [sys.executable, str(ROOT / "scripts/ansible_test.py"), "sanity"], False, copied, light=True
         ),
         Check("ansible-test units", [sys.executable, str(ROOT / "scripts/ansible_test.py"), "units"], False, copied, light=True),
+        Check("the canary on Kubernetes", [*PYTEST, "-n", "2", "tests/kubernetes"], fast=False, light=True),
         Check("the collection installed", [*PYTEST, "tests/collection"], fast=False, light=True),
     ]
 

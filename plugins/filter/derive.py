@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
     derive,
     experiment,
@@ -19,18 +17,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     report,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils import draft_config as drafts
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-
-
-def _as_filter(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except SpecDecodeError as error:
-            raise AnsibleFilterError(str(error)) from error
-
-    return wrapped
+from ansible_collections.inference.spec_decode.plugins.plugin_utils.filters import as_filter
 
 
 def draft_config(config: dict[str, Any], method: str = "eagle3", **options: Any) -> dict[str, Any]:
@@ -58,4 +45,4 @@ class FilterModule:
             "verdict_plots": plots.figures,
             "verdict_table": report.verdict_table,
         }
-        return {name: _as_filter(function) for name, function in functions.items()}
+        return {name: as_filter(function) for name, function in functions.items()}

@@ -1,0 +1,152 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How arms on Kubernetes are measured, and one result from several sessions. Pure; private to the collection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import resolved
+from .canary_objects import COMPONENT
+from .errors import SpecDecodeError
+from .files import sha256_value
+
+Object = dict[str, Any]
+
+
+def canary_arms(experiment: Object, draft: Object, canary: Object) -> list[Object]:
+    """The arms as they are served: the draft at its place in the pods."""
+    place = draft_place(experiment, draft, canary)
+    arms = []
+    for arm in experiment["documents"]["configs/arms.json"]["arms"]:
+        config = dict(arm["speculative_config"] or {})
+        if config.get("model") == "{draft}":
+            config["model"] = place
+        arms.append({"name": arm["name"], "speculative_config": config or None})
+    return arms
+
+
+def draft_place(experiment: Object, draft: Object, canary: Object) -> str:
+    """Where the pods see the draft: below its checksum, on the serving volume."""
+    return f"{canary['drafts_path'].rstrip('/')}/{experiment['slug']}/{draft['sha']}"
+
+
+def staging_sources(experiment: Object, draft: Object, canary: Object) -> list[Object]:
+    """What is brought to the serving volume: the draft, and the target where that is asked."""
+    found = [
+        {"source": draft["draft_dir"], "destination": draft_place(experiment, draft, canary), "sha": draft["sha"]}
+    ]  # fmt: skip
+    if canary["stage_target"]:
+        found.append({"source": experiment["target"]["path"], "destination": canary["target_path"], "sha": ""})
+    return found
+
+
+def identity(experiment: Object, draft: Object, canary: Object) -> str:
+    """Changes when, and only when, another measurement is asked for."""
+    served = {key: canary[key] for key in
+              ("image", "command", "server_arguments", "server_environment", "target_path", "gpus", "gpu_resource", "replicas",
+               "resources", "shared_memory", "node", "node_selector")}  # fmt: skip
+    return sha256_value([experiment["documents"]["configs/arms.json"], draft["sha"], served])
+
+
+def sessions(arms: list[str], trials: int, resident: bool) -> list[Object]:
+    """What is measured in one go: ``[{name, arms, pairs}]``.
+
+    Arms that fit side by side stay up and take turns trial by trial. Others are restarted whenever the arm changes;
+    ABBA order puts two trials of an arm together, so that n pairs take n + 1 starts.
+    """
+    if resident:
+        return [{"name": "session-1", "arms": arms, "pairs": list(range(1, trials + 1))}]
+    found: list[Object] = []
+    for pair in range(1, trials + 1):
+        for arm in arms if pair % 2 else arms[::-1]:
+            if found and found[-1]["arms"] == [arm]:
+                found[-1]["pairs"].append(pair)
+            else:
+                found.append({"name": f"session-{len(found) + 1}", "arms": [arm], "pairs": [pair]})
+    return found
+
+
+def session_arms(arms: list[Object], session: Object) -> list[Object]:
+    """All arms, those that this session does not measure with no replicas."""
+    return [arm if arm["name"] in session["arms"] else {**arm, "replicas": 0} for arm in arms]
+
+
+def urls(services: list[Object]) -> dict[str, str]:
+    """Each arm's address inside the cluster."""
+    return {
+        item["metadata"]["labels"][COMPONENT]: f"http://{_host(item['spec']['clusterIP'])}:{item['spec']['ports'][0]['port']}"
+        for item in services
+    }
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def still_there(progress: Object, measurement: str, placement: Object) -> Object:
+    """What earlier plays measured of the same, on the same node in the same way; nothing else counts."""
+    same = progress and progress["identity"] == measurement and all(
+        progress["placement"][key] == placement[key] for key in ("node", "resident")
+    )  # fmt: skip
+    return progress if same else {"identity": measurement, "placement": placement, "sessions": {}}
+
+
+def session_plan(plan: Object, session: Object, urls: dict[str, str], target_path: str) -> Object:
+    """The plan for ``measure_canary.py``: the arms of one session at their addresses."""
+    missing = [name for name in session["arms"] if not urls.get(name)]
+    if missing:
+        raise SpecDecodeError(f"The {missing[0]} arm has no address.", "Its Service is missing: run the playbook again.")
+    return {
+        **plan,
+        "target": {**plan["target"], "path": target_path},
+        "trials": len(session["pairs"]),
+        "arms": [{**arm, "url": urls[arm["name"]]} for arm in plan["arms"] if arm["name"] in session["arms"]],
+    }
+
+
+def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[Object], facts: Object) -> Object:
+    """One result from all sessions, as ``measure_arms.py`` writes it for arms on one machine.
+
+    ``measured`` is ``[{session, result, pods}]`` in the order of the sessions; ``facts`` are the placement and what else
+    the cluster said.
+    """
+    first = measured[0]["result"]
+    configs: dict[str, Object] = {}
+    found: dict[str, Object] = {}
+    trials: list[Object] = []
+    differences: list[Object] = []
+    nodes: dict[str, set[str]] = {}
+    for part in measured:
+        session, result = part["session"], part["result"]
+        for name in session["arms"]:
+            config = result["configs"][name]
+            changed = resolved.differences({"first start": configs.setdefault(name, config), "this start": config})
+            differences += [{**item, "field": f"{item['field']} of the {name} arm's starts"} for item in changed]
+            arm = found.setdefault(name, {**result["arms"][name], "starts": 0, "pods": []})
+            arm["starts"] += 1
+            arm["pods"] += part["pods"][name]
+            nodes.setdefault(name, set()).update(pod["node"] for pod in part["pods"][name])
+        for trial in result["trials"]:
+            pair = session["pairs"][trial["pair"] - 1] if trial["pair"] <= len(session["pairs"]) else trial["pair"]
+            trials.append({**trial, "pair": pair, "position": len(trials) + 1, "session": session["name"]})
+    for arm in arms:
+        found[arm["name"]]["speculative_config"] = arm["speculative_config"]
+    differences += resolved.differences(configs)
+    places = {name: sorted(where) for name, where in nodes.items()}
+    if len({tuple(where) for where in places.values()}) > 1 or any(len(where) > 1 for where in places.values()):
+        differences.append({"field": "kubernetes.node", "values": places})
+    return {
+        **{key: value for key, value in first.items() if key not in ("configs", "arms", "trials", "differences")},
+        "identity": facts["identity"],
+        "plan": plan,
+        "draft": draft,
+        "arms": found,
+        "differences": differences,
+        "node": " ".join(sorted({node for where in places.values() for node in where})),
+        "hardware": facts["placement"]["hardware"],
+        "design": {**first.get("design", {}), "order": "ABBA", "resident": facts["placement"]["resident"]},
+        "kubernetes": {key: value for key, value in facts.items() if key != "identity"},
+        "trials": trials,
+    }
