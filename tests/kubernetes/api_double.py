@@ -265,11 +265,11 @@ class _Fields(dict):
 def _selects(selector: str, values: dict[str, str]) -> bool:
     for term in filter(None, selector.split(",")):
         if "!=" in term:
-            key, _, value = term.partition("!=")
+            key, _sign, value = term.partition("!=")
             if values.get(key) == value:
                 return False
         elif "=" in term:
-            key, _, value = term.replace("==", "=").partition("=")
+            key, _sign, value = term.replace("==", "=").partition("=")
             if values.get(key) != value:
                 return False
         elif values.get(term) is None:
