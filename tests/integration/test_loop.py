@@ -8,6 +8,7 @@ Everything happens in a folder whose name holds blanks, quotes and a command: pa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -101,12 +102,14 @@ def kill_once(loop: Loop, under_way: str) -> None:
             assert play.poll() is None and time.monotonic() < deadline, f"the play ended before there was {under_way}"
             time.sleep(0.1)
     finally:
-        os.killpg(play.pid, signal.SIGKILL)
+        if play.poll() is None:
+            os.killpg(play.pid, signal.SIGKILL)
         play.wait()
     jobs = list(marked_processes("SPEC_DECODE_EXPERIMENT", EXPERIMENT))
     assert jobs, "the job must outlive the play"
     for pid in jobs:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
+            os.kill(pid, signal.SIGKILL)
 
 
 #: phases whose result has another name
@@ -117,7 +120,7 @@ UNDER_WAY = {
     "capture": "features/rows_*/data_*.ckpt",
     "train": "train/*/*-step20/training_state.pt",
     "convert": "jobs/convert/start-*",
-    "validate": "jobs/servers/standing.log",
+    "validate": "jobs/servers/server-standing.log",
 }
 
 
