@@ -15,6 +15,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     phases,
     plots,
     report,
+    status,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils import draft_config as drafts
 from ansible_collections.inference.spec_decode.plugins.plugin_utils.filters import as_filter
@@ -41,8 +42,10 @@ class FilterModule:
             "phases": phases.selected,
             "served_aux_layers": layers.served_aux_layers,
             "spec_slug": derive.spec_slug,
+            "status_lines": status.status_lines,
             "verdict_fact": report.verdict_fact,
             "verdict_plots": plots.figures,
+            "verdict_lines": status.verdict_lines,
             "verdict_table": report.verdict_table,
         }
         return {name: as_filter(function) for name, function in functions.items()}

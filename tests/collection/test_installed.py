@@ -53,3 +53,13 @@ def test_bundle_of_an_installed_collection_is_that_of_the_checkout(installed, tm
 def test_documentation_of_the_installed_modules(installed):
     printed = run(BIN / "ansible-doc", "--list", NAMESPACE, env=installed.environment).stdout
     assert f"{NAMESPACE}.slurm_job" in printed and "UNDOCUMENTED" not in printed
+
+
+def test_status_and_verdicts_show_where_it_stands_and_change_nothing(installed, tmp_path):
+    settings = {"spec_work_dir": str(tmp_path), "experiment": "tiny-eagle3"}
+    installed.play("train_draft", "--tags", "scaffold", target=str(installed.target), **settings)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    printed = installed.play("status", **settings)
+    assert "tiny-eagle3: eagle3 draft for" in printed and "dataset comes next" in printed and "changed=0" in printed
+    assert "tiny-eagle3" in installed.play("verdicts", **settings)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
