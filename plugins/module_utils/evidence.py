@@ -15,13 +15,14 @@ import re
 from typing import Any
 
 from .checkpoint import read_target
+from .engines import engine_facts
 from .errors import SpecDecodeError
 from .files import read_json_object, read_json_or_none, read_text_or_none, sha256_file, sha256_files
 from .hardware import describe_hardware
 
 Documents = dict[str, Any]
 #: documents that a first run does not have yet
-OPTIONAL = ("levers", "target_config")
+OPTIONAL = ("levers", "target_config", "experiment")
 #: a plot needs no more points of a training curve
 CURVE_POINTS = 200
 #: a device metric of the DCGM exporter
@@ -84,6 +85,9 @@ def _promotion(found: Documents) -> Documents:
     if os.path.isfile(context["workload"]["dataset"]):
         facts["prompts_sha256"] = sha256_file(context["workload"]["dataset"])
     facts["hardware"] = describe_hardware()["name"]
+    python = (found.get("experiment") or {}).get("engine_python")
+    if python and not given.get("vllm"):
+        facts["vllm"] = engine_facts(python)["versions"]["vllm"]
     # The shas are those of the files, whatever anybody says: a promotion is about the staged artifact.
     for name in ("hardware", "vllm", "image", "target_sha"):
         facts[name] = given.get(name) or facts.get(name)
