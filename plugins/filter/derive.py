@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
+    candidate,
     derive,
     experiment,
     layers,
@@ -32,6 +33,8 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         functions = {
             "arm_rows": report.arm_rows,
+            "candidate_experiment": candidate.compose,
+            "candidate_table": candidate.table,
             "aux_layers": layers.aux_layers,
             "context_line": report.context_line,
             "dflash_target_layers": layers.dflash_target_layers,

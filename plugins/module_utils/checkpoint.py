@@ -59,10 +59,11 @@ class Target:
     sha: str
 
 
-def read_target(path: str, embedding_key: str = "") -> Target:
+def read_target(path: str, embedding_key: str = "", *, serving_copy: bool = False) -> Target:
     """Read and check a checkpoint folder. Refuses what is missing, half-copied or quantised for serving.
 
-    ``embedding_key`` names the token embedding of a target whose own name for it is not known.
+    ``embedding_key`` names the token embedding of a target whose own name for it is not known. A ``serving_copy``
+    may be quantised: nothing is captured from it.
     """
     if not os.path.isdir(path):
         raise SpecDecodeError(f"The target {path} is not a folder.", "Give the folder of a Hugging Face checkpoint.")
@@ -72,7 +73,8 @@ def read_target(path: str, embedding_key: str = "") -> Target:
             f"The target {path} has no config.json.", "Give the folder that holds config.json, weights and tokenizer."
         )
     config = read_json_object(config_path, "target's config")
-    _refuse_quantised(config, path)
+    if not serving_copy:
+        _refuse_quantised(config, path)
     weight_map, has_index, headers = _weights(path)
     tokenizer = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(path, name))]
     if not tokenizer:

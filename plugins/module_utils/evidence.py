@@ -81,7 +81,7 @@ def _promotion(found: Documents) -> Documents:
     if config.get("model") and os.path.isdir(config["model"]):
         facts["draft_sha"] = draft_sha(config["model"])
     if os.path.isdir(context["identity"]["path"]):
-        facts["target_sha"] = read_target(context["identity"]["path"]).sha
+        facts["target_sha"] = read_target(context["identity"]["path"], serving_copy=True).sha
     if os.path.isfile(context["workload"]["dataset"]):
         facts["prompts_sha256"] = sha256_file(context["workload"]["dataset"])
     facts["hardware"] = describe_hardware()["name"]

@@ -21,18 +21,27 @@ from .specforge import run_config
 VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 
-def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The experiment from what was derived and what the user set. Everything later phases need stands in it."""
-    method, values = plan["method"], plan["values"]
-    name = settings["name"] or f"{values['slug']}-{method}"
+def checked_name(name: str) -> str:
+    """The experiment's name, if it can be a folder, a label and part of job names."""
     if not NAME_PATTERN.match(name):
         raise SpecDecodeError(
             f"The experiment's name {name!r} must be 1 to 63 lower-case letters, digits or inner hyphens:"
             " it becomes a folder, a label and part of job names.",
             "Give another with -e experiment=.",
         )
-    work_dir = os.path.normpath(settings["work_dir"])
-    bundle = os.path.join(work_dir, name, "spec-decode")
+    return name
+
+
+def bundle_of(work_dir: str, name: str) -> str:
+    """Where an experiment's bundle stands."""
+    return os.path.join(os.path.normpath(work_dir), name, "spec-decode")
+
+
+def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The experiment from what was derived and what the user set. Everything later phases need stands in it."""
+    method, values = plan["method"], plan["values"]
+    name = checked_name(settings["name"] or f"{values['slug']}-{method}")
+    bundle = bundle_of(settings["work_dir"], name)
     slug = values["slug"]
     experiment: dict[str, Any] = {
         "name": name,
@@ -53,7 +62,6 @@ def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "training": {"steps": settings["train_steps"], **settings["training"]},
         "serving": settings["serving"],
     }
-    _check_serving(settings["serving"])
     experiment["recipe"] = _recipe(experiment, plan, settings)
     experiment["jobs"] = _jobs(experiment)
     experiment["documents"] = _documents(experiment, plan)
@@ -69,15 +77,45 @@ def _check_serving(serving: dict[str, Any]) -> None:
         )
 
 
-def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """The variables of the recipe, as texts: the site's first, then the experiment's own."""
-    site = {str(key): str(value) for key, value in settings["job"]["environment"].items()}
+def site_variables(environment: dict[str, Any]) -> dict[str, str]:
+    """The site's own variables of its jobs, as texts."""
+    site = {str(key): str(value) for key, value in environment.items()}
     bad = [key for key in site if not VARIABLE.match(key)]
     if bad:
         raise SpecDecodeError(f"{bad[0]!r} is no name of an environment variable.", "Mend spec_job_environment.")
+    return site
+
+
+def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[str, Any]) -> dict[str, Any]:
+    """What the measurement does: the standing arm against ``tested``, with the same prompts, seeds and flags."""
+    serving = experiment["serving"]
+    _check_serving(serving)
+    return {
+        "model": experiment["slug"],
+        "target": experiment["target"],
+        "prompts": {"path": prompts, "count": serving["prompts"]},
+        "max_tokens": serving["max_tokens"],
+        "temperature": serving["temperature"],
+        "seed": seed,
+        "warmup": serving["warmup"],
+        "trials": serving["trials"],
+        "concurrencies": serving["concurrencies"],
+        "ports": serving["ports"],
+        "startup_timeout_s": serving["startup_timeout_s"],
+        "server_arguments": serving["server_arguments"],
+        "server_environment": {key: str(value) for key, value in serving["server_environment"].items()},
+        "arms": [
+            {"name": "standing", "speculative_config": serving["standing_config"] or None},
+            {"name": "trained", "speculative_config": tested},
+        ],
+    }
+
+
+def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """The variables of the recipe, as texts: the site's first, then the experiment's own."""
     slug, method = experiment["slug"], experiment["method"]
     return {
-        **site,
+        **site_variables(settings["job"]["environment"]),
         "ENGINE_PYTHON": experiment["engine_python"],
         "TARGET_MODEL_PATH": experiment["target"]["path"],
         "TARGET_SHA": experiment["target"]["sha"],
@@ -162,7 +200,7 @@ def _documents(experiment: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
     """The bundle's files that are data: path below the bundle → content."""
     import yaml
 
-    slug, bundle, serving = experiment["slug"], experiment["bundle"], experiment["serving"]
+    slug, bundle = experiment["slug"], experiment["bundle"]
     training = {key: value for key, value in experiment["training"].items() if key != "steps"}
     train = run_config(
         plan,
@@ -175,25 +213,8 @@ def _documents(experiment: dict[str, Any], plan: dict[str, Any]) -> dict[str, An
         max_steps=experiment["training"]["steps"],
         training=training,
     )
-    arms = {
-        "model": slug,
-        "target": experiment["target"],
-        "prompts": {"path": f"{bundle}/data/eval.jsonl", "count": serving["prompts"]},
-        "max_tokens": serving["max_tokens"],
-        "temperature": serving["temperature"],
-        "seed": experiment["dataset"]["seed"],
-        "warmup": serving["warmup"],
-        "trials": serving["trials"],
-        "concurrencies": serving["concurrencies"],
-        "ports": serving["ports"],
-        "startup_timeout_s": serving["startup_timeout_s"],
-        "server_arguments": serving["server_arguments"],
-        "server_environment": {key: str(value) for key, value in serving["server_environment"].items()},
-        "arms": [
-            {"name": "standing", "speculative_config": serving["standing_config"] or None},
-            {"name": "trained", "speculative_config": _speculative(experiment, "{draft}")},
-        ],
-    }
+    seed = experiment["dataset"]["seed"]
+    arms = arms_plan(experiment, f"{bundle}/data/eval.jsonl", seed, _speculative(experiment, "{draft}"))
     documents: dict[str, Any] = {
         f"configs/{slug}-{each}.json": plan["draft_configs"][each] for each in METHODS if each in plan["draft_configs"]
     }

@@ -37,7 +37,8 @@ def test_python_source(path):
 @pytest.mark.parametrize("role", ROLES, ids=name_of)
 def test_role_says_what_it_takes(role):
     """Every default has its option, and nothing else; all prefixed by the role's name."""
-    options = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"].get("options", {})
+    entries = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"].values()
+    options = {name: option for entry in entries for name, option in entry.get("options", {}).items()}
     defaults = yaml.safe_load((role / "defaults/main.yml").read_text()) or {}
     assert set(defaults) <= set(options)
     assert all(name.startswith(f"{role.name}_") for name in options)

@@ -1,0 +1,118 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""An experiment with nothing to train: any speculative config against the standing one. Private to the collection."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from .checkpoint import read_target
+from .derive import spec_slug
+from .errors import SpecDecodeError
+from .evidence import draft_sha
+from .experiment import arms_plan, bundle_of, checked_name, site_variables
+from .files import sha256_value
+
+#: methods whose draft is part of the target, or no model at all
+WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix", "mtp")
+
+
+def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> dict[str, Any]:
+    """The facts of a candidate: its target, its own checksum, and that there is enough to ask. Refuses what cannot be."""
+    method, model = config.get("method"), config.get("model")
+    if not method:
+        raise SpecDecodeError(
+            "The candidate names no method.", "Give a speculative config such as {method: ngram, num_speculative_tokens: 4}."
+        )
+    if not model and method not in WITHOUT_MODEL:
+        raise SpecDecodeError(f"The candidate's method {method} needs a draft.", "Give its folder as model.")
+    if model and not os.path.isfile(os.path.join(model, "config.json")):
+        raise SpecDecodeError(
+            f"The candidate's draft {model} is no folder with a config.json.", "Download the draft first, and give its folder."
+        )
+    if not int(config.get("num_speculative_tokens") or 0) > 0:
+        raise SpecDecodeError("The candidate does not say how many tokens to draft.", "Give num_speculative_tokens.")
+    try:
+        with open(prompts, encoding="utf-8") as stream:
+            rows = sum(1 for line in stream if line.strip())
+    except OSError as error:
+        raise SpecDecodeError(f"The prompts {prompts} cannot be read: {error.strerror}.", "Mend spec_prompts_file.") from error
+    if rows < count:
+        raise SpecDecodeError(f"{prompts} holds {rows} prompts, but {count} are asked for.", "Lower spec_prompts.")
+    found = read_target(target, serving_copy=True)
+    return {
+        "slug": spec_slug(target),
+        "target": {
+            "path": target, "sha": found.sha, "parameters": found.parameters, "bytes": found.bytes, "dtype": found.dtype,
+            "architecture": (found.config.get("architectures") or ["unknown"])[0],
+        },
+        "candidate": {"speculative_config": config, "sha": draft_sha(model) if model else None, "draft_dir": model},
+    }  # fmt: skip
+
+
+def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The experiment: one job that measures, and the documents of its bundle."""
+    candidate, target = facts["candidate"], facts["target"]
+    config = candidate["speculative_config"]
+    name = checked_name(settings["name"] or f"{facts['slug']}-{config['method']}-candidate".replace("_", "-"))
+    bundle = bundle_of(settings["work_dir"], name)
+    experiment: dict[str, Any] = {
+        "name": name,
+        "slug": facts["slug"],
+        "method": str(config["method"]),
+        "bundle": bundle,
+        "target": target,
+        "num_speculative_tokens": int(config["num_speculative_tokens"]),
+        "engine_python": os.path.normpath(settings["engine_python"]),
+        "job": settings["job"],
+        "serving": settings["serving"],
+        "seed": settings["seed"],
+        "candidate": candidate,
+        "prompts": settings["prompts_file"],
+    }
+    plan = arms_plan(experiment, settings["prompts_file"], settings["seed"], config)
+    experiment["recipe"] = {
+        **site_variables(settings["job"]["environment"]),
+        "ENGINE_PYTHON": experiment["engine_python"],
+        "TARGET_MODEL_PATH": target["path"],
+        "TARGET_SHA": target["sha"],
+        "ARMS_PLAN": "configs/arms.json",
+        **plan["server_environment"],
+    }
+    draft = {"method": experiment["method"], "draft_dir": candidate["draft_dir"], "sha": candidate["sha"]}
+    experiment["jobs"] = {
+        "validate": {
+            "script": f"{bundle}/slurm/eval.sbatch",
+            "environment": {"TARGET_SHA": target["sha"]},
+            "inputs": [f"{bundle}/configs/arms.json", f"{bundle}/results/draft.json", settings["prompts_file"]],
+            "result": f"{bundle}/results/acceptance.json",
+        }
+    }
+    stated = {key: value for key, value in experiment.items() if key not in ("recipe", "jobs")}
+    # By way of JSON: inside Ansible these are its own kinds of list and text.
+    stated = json.loads(json.dumps(stated))
+    experiment["documents"] = {
+        "configs/arms.json": plan,
+        "results/draft.json": draft,
+        "experiment.json": {**stated, "parameters_sha256": sha256_value(stated)},
+    }
+    return experiment
+
+
+def table(experiment: dict[str, Any]) -> list[str]:
+    """The candidate stated back, a line each."""
+    serving = experiment["serving"]
+    config = json.dumps(experiment["candidate"]["speculative_config"], sort_keys=True)
+    lines = {
+        "experiment": experiment["name"],
+        "target": f"{experiment['target']['path']} ({experiment['target']['architecture']})",
+        "candidate": config,
+        "standing": json.dumps(serving["standing_config"], sort_keys=True) if serving["standing_config"] else "no speculation",
+        "measured": f"{serving['trials']} trials an arm, {serving['prompts']} prompts of {experiment['prompts']},"
+        f" concurrency {', '.join(map(str, serving['concurrencies']))}",
+        "bundle": experiment["bundle"],
+    }
+    return [f"{name:<14} {value}" for name, value in lines.items()]

@@ -1,0 +1,87 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Experiments with nothing to train: any speculative config against the standing one."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import candidate
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+SERVING = {
+    "server_arguments": [], "server_environment": {"A": 1}, "standing_config": {}, "prompts": 2, "max_tokens": 8,
+    "temperature": 0.0, "trials": 3, "aa_trials": 0, "warmup": 1, "concurrencies": [1], "sweep_k": [], "resident": "auto",
+    "ports": [0, 0], "startup_timeout_s": 60,
+}  # fmt: skip
+
+
+@pytest.fixture
+def target(tmp_path):
+    """The least that is a checkpoint folder; quantised for serving, which is no obstacle here."""
+    folder = tmp_path / "Some Target"
+    folder.mkdir()
+    config = {"architectures": ["Qwen3ForCausalLM"], "quantization_config": {"quant_method": "nvfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    tensor = {"model.embed_tokens.weight": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}
+    header = json.dumps(tensor).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    return str(folder)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"conversations": []}\n' * 3)
+    return str(path)
+
+
+def test_method_without_a_model_is_one_measuring_job(target, prompts, tmp_path):
+    facts = candidate.inspect(target, NGRAM, prompts, 2)
+    settings = {"name": "", "work_dir": str(tmp_path), "engine_python": "/e/python", "job": {"environment": {"SITE": "x"}},
+                "serving": SERVING, "seed": 7, "prompts_file": prompts}  # fmt: skip
+    experiment = candidate.compose(facts, settings)
+    assert experiment["name"] == "some-target-ngram-candidate" and list(experiment["jobs"]) == ["validate"]
+    arms = experiment["documents"]["configs/arms.json"]["arms"]
+    assert [arm["speculative_config"] for arm in arms] == [None, NGRAM]
+    assert experiment["documents"]["results/draft.json"]["sha"] is None
+    assert prompts in experiment["jobs"]["validate"]["inputs"] and experiment["recipe"]["SITE"] == "x"
+    assert any("no speculation" in line for line in candidate.table(experiment))
+
+
+def test_public_draft_is_known_by_its_content(target, prompts, tmp_path):
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "config.json").write_text("{}")
+    config = {"method": "eagle3", "num_speculative_tokens": 3, "model": str(draft)}
+    shas = []
+    for content in (b"one", b"two"):
+        (draft / "model.safetensors").write_bytes(content)
+        shas.append(candidate.inspect(target, config, prompts, 2)["candidate"]["sha"])
+    assert len(set(shas)) == 2 and all(len(sha) == 16 for sha in shas)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "names no method"),
+        ({"method": "eagle3", "num_speculative_tokens": 3}, "method eagle3 needs a draft"),
+        ({"method": "eagle3", "num_speculative_tokens": 3, "model": "/nowhere"}, "/nowhere is no folder with a config.json"),
+        ({"method": "mtp"}, "does not say how many tokens"),
+    ],
+)
+def test_candidate_that_cannot_be_measured_is_refused(target, prompts, config, words):
+    with pytest.raises(SpecDecodeError, match=words):
+        candidate.inspect(target, config, prompts, 2)
+
+
+def test_too_few_prompts_or_none(target, prompts):
+    with pytest.raises(SpecDecodeError, match="holds 3 prompts, but 4 are asked for"):
+        candidate.inspect(target, NGRAM, prompts, 4)
+    with pytest.raises(SpecDecodeError, match="The prompts /nowhere cannot be read"):
+        candidate.inspect(target, NGRAM, "/nowhere", 1)
