@@ -7,7 +7,7 @@ export LC_ALL := C.UTF-8
 METHOD ?= eagle3
 PYTHON := $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 
-.PHONY: help setup demo test test-fast bench clean
+.PHONY: help setup demo test test-fast bench wheelhouse clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,6 +27,10 @@ test-fast: ## what needs no engine and no minutes
 
 bench: setup ## measured figures as JSON
 	@.venv/bin/python scripts/bench.py
+
+wheelhouse: ## a folder of pinned wheels for a site without network (WHEELHOUSE="--for controller cuda", see docs/offline.md)
+	@$(PYTHON) scripts/setup.py --controller-only
+	@.venv/bin/python scripts/wheelhouse.py $(WHEELHOUSE)
 
 clean: ## remove everything that setup, demo and tests made
 	rm -rf .venv .engine .collections .demo .ansible .cache dist tests/output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,8 @@
 """Build the demonstration's target: a small chat LLM, trained here from scratch, and its data.
 
 Leaves ``<out>/`` as a user's checkpoint folder would be (config.json, sharded safetensors, tokenizer with chat
-template) and, beside it, ``data/`` with one source in ShareGPT's layout and one in UltraChat's.
+template) and, beside it, ``data/`` with one source in ShareGPT's layout and one in UltraChat's. Its size is a matter of
+arguments, and a file can hold them: ``build_target.py @demo/gpu_target.args`` is the one for a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CORPUS_SEED, DATA_SEED = 1, 7
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], fromfile_prefix_chars="@")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
     parser.add_argument("--data", required=True, help="folder for the two data sources")
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -46,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--conversations", type=int, default=20000)
     parser.add_argument("--rows", type=int, default=2000, help="rows of each of the two data sources")
+    parser.add_argument("--most-exchanges", type=int, default=1, help="questions and answers of the longest conversations")
     return parser.parse_args()
 
 
@@ -107,6 +109,7 @@ def train(model: Qwen3ForCausalLM, rows: list[list[int]], options: argparse.Name
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     started, losses = time.monotonic(), []
+    device = next(model.parameters()).device
     model.train()
     for step in range(options.steps):
         warm = min(1.0, (step + 1) / 20)
@@ -115,8 +118,8 @@ def train(model: Qwen3ForCausalLM, rows: list[list[int]], options: argparse.Name
             group["lr"] = rate
         # Right-padded and causal: padding is never attended to by a real token.
         input_ids, labels = padded(rng.sample(rows, options.batch_size), pad)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=input_ids, labels=labels).loss
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=input_ids.to(device), labels=labels.to(device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -129,10 +132,10 @@ def train(model: Qwen3ForCausalLM, rows: list[list[int]], options: argparse.Name
     return sum(losses[-10:]) / len(losses[-10:])
 
 
-def write_sources(folder: str, rows: int) -> None:
+def write_sources(folder: str, rows: int, most_exchanges: int) -> None:
     """The data of the demonstration, in the two layouts that users bring."""
     os.makedirs(folder, exist_ok=True)
-    found = list(conversations(2 * rows, DATA_SEED))
+    found = list(conversations(2 * rows, DATA_SEED, most_exchanges))
     names = {"user": "human", "assistant": "gpt"}
     sharegpt = [
         {
@@ -153,25 +156,26 @@ def main() -> None:
     if os.path.exists(options.out):
         sys.exit(f"error: {options.out} is there already. Remove it, or give another folder.")
     started = time.monotonic()
-    write_sources(options.data, options.rows)
-    corpus = list(conversations(options.conversations, CORPUS_SEED))
+    write_sources(options.data, options.rows, options.most_exchanges)
+    corpus = list(conversations(options.conversations, CORPUS_SEED, options.most_exchanges))
     tokenizer = tokenizer_for([turn["content"] for turns in corpus for turn in turns], options.vocabulary)
     texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in corpus]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    model = model_for(options, tokenizer)
+    model = model_for(options, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     print(
         f"  target: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {options.layers} layers",
         flush=True,
     )
     loss = train(model, rows, options, tokenizer.pad_token_id)
-    model = model.eval().to(torch.bfloat16)
+    model = model.eval().to(torch.bfloat16).cpu()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     staging = f"{options.out}.part"
     shutil.rmtree(staging, ignore_errors=True)
     transformers_logging.disable_progress_bar()
-    model.save_pretrained(staging, max_shard_size="8MB")
+    # A few shards at any size: checkpoints in one file are not what users of large models have.
+    model.save_pretrained(staging, max_shard_size=max(8_000_000, sum(p.nbytes for p in model.parameters()) // 4))
     tokenizer.save_pretrained(staging)
     os.replace(staging, options.out)
     print(f"  target: loss {loss:.2f}, {time.monotonic() - started:.0f} s, in {options.out}", flush=True)

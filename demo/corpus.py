@@ -170,9 +170,13 @@ TOPICS: dict[Callable[[random.Random], Exchange], int] = {
 }  # fmt: skip
 
 
-def conversations(count: int, seed: int) -> Iterator[list[Turn]]:
-    """``count`` conversations of one question and its answer."""
+def conversations(count: int, seed: int, most_exchanges: int = 1) -> Iterator[list[Turn]]:
+    """``count`` conversations of one to ``most_exchanges`` questions, each with its answer."""
     rng = random.Random(seed)
     for topic in rng.choices(list(TOPICS), list(TOPICS.values()), k=count):
-        question, answer = topic(rng)
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        turns: list[Turn] = []
+        more = rng.randrange(most_exchanges) if most_exchanges > 1 else 0
+        for each in [topic, *rng.choices(list(TOPICS), list(TOPICS.values()), k=more)]:
+            question, answer = each(rng)
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        yield turns
