@@ -27,6 +27,7 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv/bin"
 NAMESPACE = "inference.spec_decode"
+SLURM_TESTS = "tests/integration/test_slurm.py"
 PYTEST = [str(BIN / "python"), "-m", "pytest", "-q", "-rs"]
 _output = threading.Lock()
 
@@ -72,7 +73,8 @@ def checks(tree: pathlib.Path) -> list[Check]:
         Check("ansible-lint", [str(BIN / "ansible-lint"), "--offline", "--profile", "production"], cwd=copied),
         Check("changelog", [str(BIN / "antsibull-changelog"), "lint"]),
         Check("unit tests", [*PYTEST, "-n", "2", "tests/unit"]),
-        Check("the loop, for real", [*PYTEST, "-x", "tests/integration"], fast=False),
+        Check("the loop, for real", [*PYTEST, "-x", "tests/integration", "--ignore", SLURM_TESTS], fast=False),
+        Check("faults on a real Slurm", [*PYTEST, SLURM_TESTS], fast=False),
         Check(
             "ansible-test sanity", [sys.executable, str(ROOT / "scripts/ansible_test.py"), "sanity"], False, copied, light=True
         ),
@@ -155,9 +157,10 @@ def summary(output: str) -> str:
     """What a test runner says at its end, where there is one, with the reason of whatever it skipped."""
     closing = re.findall(r"(\d+ (?:passed|failed).*?) in ", output)[-1:]
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", output, re.MULTILINE)
+    faults = re.findall(r"^fault cases .*$", output, re.MULTILINE)
     tests = re.findall(r"^Running sanity test", output, re.MULTILINE)
     return "; ".join(
-        [*closing, *([f"{len(tests)} sanity tests"] if tests else []), *(f"skipped: {reason}" for reason in skipped)]
+        [*closing, *faults, *([f"{len(tests)} sanity tests"] if tests else []), *(f"skipped: {reason}" for reason in skipped)]
     )
 
 

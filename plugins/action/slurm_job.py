@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
+from ansible import constants
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-from ansible_collections.inference.spec_decode.plugins.module_utils.waiting import Backoff, progress_line
+from ansible_collections.inference.spec_decode.plugins.module_utils.waiting import Backoff, Board, progress_line, progress_mark
 
 display = Display()
 
-#: How long a host may stay unreachable, in seconds, before the wait gives up (the job itself goes on).
-UNREACHABLE_LIMIT_S = 600.0
+#: what makes one poll serve several jobs: the same host, the same scheduler
+SAME = ("executor", "cluster", "absence_limit", "answer_timeout")
 
 
 class ActionModule(ActionBase):
@@ -26,9 +29,11 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
         arguments = dict(self._task.args)
+        several = len((task_vars or {}).get("ansible_play_hosts_all", [])) > 1
+        self._host = f"{task_vars['inventory_hostname']}: " if task_vars and several else ""
         wait = self._flag(arguments.get("wait", True))
-        result = self._call(arguments, task_vars)
         waits = arguments.get("state", "present") == "present" and wait and not self._task.check_mode
+        result = self._ask(arguments, task_vars)
         if not waits or result.get("failed") or not result.get("job"):
             return result
         return self._wait(arguments, result, task_vars)
@@ -41,14 +46,13 @@ class ActionModule(ActionBase):
         shown = ""
         while True:
             job = result["job"]
-            line = progress_line(job)
-            if line != shown:
-                display.display(f"  {line}")
-                shown = line
+            if progress_mark(job) != shown:
+                shown = progress_mark(job)
+                display.display(f"  {self._host}{progress_line(job)}")
             if job["state"] == "COMPLETED":
                 break
             if not job["alive"]:
-                again = self._call(arguments, task_vars)
+                again = self._ask(arguments, task_vars)
                 if again.get("failed"):
                     return {**again, "changed": changed, "job": job}
                 changed = changed or bool(again.get("changed"))
@@ -74,21 +78,46 @@ class ActionModule(ActionBase):
         )
 
     def _look(self, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
-        """One query; unreachable hosts and a silent scheduler are asked again for a while."""
-        question = {key: arguments[key] for key in ("experiment", "name", "directory", "executor", "cluster", "result")
-                    if key in arguments}  # fmt: skip
-        deadline = time.monotonic() + UNREACHABLE_LIMIT_S
+        """What became of the job: one query a poll for all jobs of the play that are waited for on the same host."""
+        question = {key: arguments[key] for key in ("experiment", "name", "directory")}
+        same = {key: arguments[key] for key in SAME if key in arguments}
+        connection = [self._play_context.remote_addr, self._play_context.remote_user, self._task.delegate_to, self._task.become]
+        board = Board(constants.DEFAULT_LOCAL_TMP, [connection, same])
+
+        def ask(questions: list[dict[str, Any]]) -> dict[str, Any]:
+            return self._ask({**same, "state": "query", "jobs": questions}, task_vars)
+
+        result = board.look(question, ask, float(arguments.get("poll_interval", 5)))
+        return result if result.get("failed") else {"changed": False, "job": result["job"]}
+
+    def _ask(self, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
+        """One module call; a connection that is lost and a scheduler that is silent are asked again for a while."""
+        deadline = time.monotonic() + float(arguments.get("answer_timeout", 600))
         pause = Backoff(longest=30.0)
         while True:
-            result = self._call({**question, "state": "query"}, task_vars)
-            silent = result.get("unreachable") or result.get("job", {}).get("state") == "UNKNOWN"
-            if not silent or time.monotonic() > deadline:
-                return result
-            display.display(f"  {arguments['name']}: no answer, asking again")
+            try:
+                result = self._execute_module(
+                    module_name="inference.spec_decode.slurm_job", module_args=arguments, task_vars=task_vars
+                )
+            except AnsibleConnectionFailure as error:
+                if time.monotonic() > deadline:
+                    raise
+                display.display(f"  {self._host}the connection is lost, trying again: {error.message}")
+                self._forget_connection()
+            else:
+                jobs = result.get("jobs") or [result.get("job") or {}]
+                silent = result.get("unanswered") or any(job.get("state") == "UNKNOWN" for job in jobs)
+                if not silent or time.monotonic() > deadline:
+                    return result
+                reason = result.get("msg") or next(job["reason"] for job in jobs if job.get("state") == "UNKNOWN")
+                display.display(f"  {self._host}no answer, asking again: {reason}")
             time.sleep(pause.next())
 
-    def _call(self, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
-        return self._execute_module(module_name="inference.spec_decode.slurm_job", module_args=arguments, task_vars=task_vars)
+    def _forget_connection(self) -> None:
+        """What is left of a lost connection, such as a control socket or a temporary folder that a reboot removed."""
+        with contextlib.suppress(AnsibleError):
+            self._connection.reset()
+        self._connection._shell.tmpdir = None
 
     @staticmethod
     def _flag(value: Any) -> bool:

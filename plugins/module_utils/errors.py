@@ -20,3 +20,7 @@ class SpecDecodeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
+
+
+class Unanswered(SpecDecodeError):
+    """A question that something did not answer: it must be asked again, and nothing follows from it."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from .jobs import Executor
 from .local_executor import LocalExecutor
+from .slurm_executor import Settings, SlurmExecutor
 
-EXECUTORS = ("local",)
+EXECUTORS = ("local", "slurm")
 
 
-def executor_named(name: str) -> Executor:
-    """The executor called ``name``."""
-    return {"local": LocalExecutor}[name]()
+def executor_named(name: str, settings: Settings | None = None) -> Executor:
+    """The executor called ``name``; ``settings`` are a Slurm site's."""
+    return SlurmExecutor(settings) if name == "slurm" else LocalExecutor()

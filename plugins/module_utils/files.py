@@ -93,7 +93,12 @@ def read_json_object(path: str, what: str = "file") -> dict[str, Any]:
 
 def sha256_text(text: str) -> str:
     """The SHA-256 of a text, as 64 hexadecimal digits."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return sha256_bytes(text.encode("utf-8"))
+
+
+def sha256_bytes(data: bytes) -> str:
+    """The SHA-256 of bytes, as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_value(value: Any) -> str:

@@ -4,8 +4,10 @@
 """What a job is, how it is known again, and what to do with what is found. Private to the collection.
 
 A job is known by ``(experiment, name, fingerprint)``. The fingerprint covers the script's
-text, its arguments, its environment and the bytes of the files that it names as inputs, so
-that "the same job" means "the same work". An executor knows how to look one attempt up,
+text, its arguments, its environment, the bytes of the files that it names as inputs and the
+fingerprints of the jobs that it needs, so that "the same job" means "the same work". What
+another job will write is known by that job and not by its bytes: a whole chain has its
+identities before the first of it has run. An executor knows how to look one attempt up,
 submit it and cancel it; everything else is decided here, once for all executors.
 """
 
@@ -18,11 +20,22 @@ import enum
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from .errors import SpecDecodeError
-from .files import read_json, read_json_or_none, sha256_file, sha256_text, sha256_value, tail, write_json
+from .errors import SpecDecodeError, Unanswered
+from .files import (
+    read_json,
+    read_json_or_none,
+    read_text_or_none,
+    sha256_bytes,
+    sha256_file,
+    sha256_text,
+    sha256_value,
+    tail,
+    write_json,
+)
+from .slurm_script import without_directives
 
 #: exit status of a node program that refuses its input; it printed why
 REFUSED = 2
@@ -74,6 +87,8 @@ class Sighting:
     restarts: int = 0
     nodes: str = ""
     elapsed_s: float | None = None
+    #: what the attempt waited for failed, and so it never began
+    never_ran: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +102,10 @@ class JobSpec:
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     inputs: tuple[str, ...] = ()
+    #: jobs of the same experiment that write what this one reads
+    needs: tuple[str, ...] = ()
+    #: what the job runs after its script succeeded, such as a gate; no part of the work
+    verify: tuple[str, ...] = ()
     result: str = ""
     chdir: str = ""
     time_limit_s: int = 0
@@ -117,22 +136,31 @@ class JobSpec:
         return os.path.join(self.folder, "progress.json")
 
     def missing(self) -> list[str]:
-        """The script or inputs that do not exist (yet)."""
-        return [path for path in (self.script, *self.inputs) if not os.path.isfile(path)]
+        """The script, inputs and needed jobs that are not there (yet)."""
+        return [path for path in (self.script, *self.inputs) if not os.path.isfile(path)] + [
+            f"job {name!r}" for name in self.needs if not self._fingerprint_of(name)
+        ]
+
+    def _fingerprint_of(self, name: str) -> str:
+        record = read_record(dataclasses.replace(self, name=name))
+        return record.fingerprint if record else ""
 
     def identity(self) -> dict[str, Any]:
         """What the fingerprint covers, part by part (values hashed where they are long)."""
         missing = self.missing()
         if missing:
             raise SpecDecodeError(
-                f"Job {self.name!r} names {missing[0]} as its script or input, but there is no such file.",
-                "Run the phase that writes it first.",
+                f"Job {self.name!r} names {missing[0]} as its script or input, but there is no such thing.",
+                "Run the phase that makes it first.",
             )
+        with open(self.script, "rb") as stream:
+            script = without_directives(stream.read())
         return {
-            "script": sha256_file(self.script),
+            "script": sha256_bytes(script),
             "arguments": list(self.arguments),
             "environment": {key: sha256_text(value) for key, value in sorted(self.environment)},
             "inputs": {os.path.basename(path): sha256_file(path) for path in self.inputs},
+            "needs": {name: self._fingerprint_of(name) for name in self.needs},
         }
 
     def fingerprint(self) -> str:
@@ -168,6 +196,10 @@ class Record:
     #: the file that says the work is complete; empty if the job leaves none
     result: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
+    #: the highest number that any attempt of the job ever had, whatever its fingerprint
+    numbered: int = 0
+    #: what was submitted last, to show what changed: the script's text and the options
+    shown: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: attempts before this index belong to a failure that was already reported to the user
     forgiven: int = 0
 
@@ -177,8 +209,8 @@ class Record:
 
     @property
     def tries(self) -> int:
-        """Attempts made since the last failure that the user was told about."""
-        return len(self.attempts) - self.forgiven
+        """Attempts that began since the last failure that the user was told about."""
+        return sum(not attempt.details.get("never_ran") for attempt in self.attempts[self.forgiven :])
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -202,6 +234,9 @@ class Executor(Protocol):
 
     def look_up(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
         """What became of ``attempt``: ``ABSENT`` only when every source answered and none knows it."""
+
+    def look_up_all(self, items: Sequence[tuple[JobSpec, Record, Attempt]]) -> list[Sighting]:
+        """The same of many attempts, with as few questions as the executor can."""
 
     def submit(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
         """Start ``attempt`` exactly once. The record with the attempt is on disk already."""
@@ -233,6 +268,8 @@ class Outcome:
     message: str = ""
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     after: dict[str, Any] = dataclasses.field(default_factory=dict)
+    before_shown: dict[str, Any] = dataclasses.field(default_factory=dict)
+    after_shown: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def now() -> str:
@@ -304,11 +341,15 @@ def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bo
             return Action.NOTHING, "The result of this very work is there already."
         return Action.SUBMIT, "The job's inputs changed since it last ran."
     if alive:
+        if record.last.state is State.ABSENT and not record.last.job_id:
+            return Action.ATTACH, "Its submission had got no reply; the job was found by its name."
         return Action.ATTACH, "The job is active."
     if done or sighting.state is State.COMPLETED:
         return Action.NOTHING, "The job is complete."
     if sighting.state is State.ABSENT:
         return Action.SUBMIT, "The job was recorded, but never reached the scheduler."
+    if sighting.never_ran:
+        return Action.SUBMIT, "What the job waited for had failed, so it never ran."
     if sighting.exit_code == REFUSED:
         return Action.FAIL, "The job refused its input, which trying again does not change."
     if sighting.state not in policy.retry_on:
@@ -326,10 +367,10 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
     """
     if policy.check_mode and spec.missing():
         message = f"The job would be submitted once {spec.missing()[0]} is there."
-        return Outcome(Action.SUBMIT, True, State.ABSENT, "", None, Sighting(State.ABSENT), message)
+        return Outcome(Action.SUBMIT, True, State.ABSENT, "", None, Sighting(State.ABSENT), message, after_shown=shown(spec))
     fingerprint = spec.fingerprint()
     with _locked(spec, policy.check_mode):
-        record = read_record(spec)
+        record = read_record(spec) or _found_without_record(spec, executor, fingerprint, policy)
         _check_owner(spec, record)
         sighting = _look_up(spec, executor, record)
         done = result_is_done(spec, fingerprint)
@@ -344,6 +385,8 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             message=message,
             before=record.identity if record else {},
             after=spec.identity(),
+            before_shown=record.shown if record else {},
+            after_shown=shown(spec),
         )
         if action is Action.FAIL:
             reported = record is not None and record.fingerprint == fingerprint and sighting.state in ENDED_BADLY
@@ -351,27 +394,51 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
                 # The user hears of it now; calling again after mending the cause starts afresh.
                 record.forgiven = len(record.attempts)
                 write_record(spec, record)
-            raise SpecDecodeError(*explain_failure(spec, outcome))
+            failure = Unanswered if sighting.state is State.UNKNOWN else SpecDecodeError
+            raise failure(*explain_failure(spec, outcome))
         if policy.check_mode:
             return outcome
         if action is Action.REPLACE and record is not None and record.last is not None:
             executor.cancel(spec, record, record.last)
         if outcome.changed:
+            if record is not None and sighting.state is not State.ABSENT and record.fingerprint == fingerprint:
+                _note(spec, record, sighting)  # how the attempt before ended
             outcome.record, outcome.sighting = _submit(spec, executor, record, fingerprint, outcome.after)
             outcome.state = outcome.sighting.state
-        elif record is not None and record.last is not None:
-            _note(spec, record, sighting)
+        else:
+            if record is None or record.fingerprint != fingerprint:
+                # The work was there already; jobs that need this one know it by its record.
+                record = _renewed(spec, executor, record, fingerprint, outcome.after)
+                write_record(spec, record)
+            elif record.last is not None:
+                _note(spec, record, sighting)
+            outcome.record = record
         return outcome
 
 
 def query(spec: JobSpec, executor: Executor) -> Outcome:
     """Look the recorded job up; change nothing but the record's own note of what was seen."""
-    record = read_record(spec)
-    sighting = _look_up(spec, executor, record)
-    fingerprint = record.fingerprint if record else ""
-    if record is not None and record.last is not None and os.path.isdir(spec.folder):
-        _note(spec, record, sighting)
-    return Outcome(Action.NOTHING, False, sighting.state, fingerprint, record, sighting)
+    return query_all([spec], executor)[0]
+
+
+def query_all(specs: Sequence[JobSpec], executor: Executor) -> list[Outcome]:
+    """Look many recorded jobs up, with one question to the scheduler."""
+    records = [read_record(spec) for spec in specs]
+    known = {
+        number: (spec, record, record.last)
+        for number, (spec, record) in enumerate(zip(specs, records))
+        if record is not None and record.last is not None
+    }
+    seen = dict(zip(known, executor.look_up_all(list(known.values()))))
+    outcomes = []
+    for number, (spec, record) in enumerate(zip(specs, records)):
+        sighting = seen.get(number, Sighting(State.ABSENT))
+        if record is not None and record.last is not None:
+            sighting = _with_result(record, sighting)
+            _note(spec, record, sighting)
+        fingerprint = record.fingerprint if record else ""
+        outcomes.append(Outcome(Action.NOTHING, False, sighting.state, fingerprint, record, sighting))
+    return outcomes
 
 
 def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
@@ -382,7 +449,7 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
         sighting = _look_up(spec, executor, record)
         alive = sighting.state in ALIVE
         if sighting.state is State.UNKNOWN:
-            raise SpecDecodeError(
+            raise Unanswered(
                 f"Job {spec.name!r} cannot be cancelled, because the scheduler did not answer: {sighting.reason}.",
                 "Run the teardown again once it does.",
             )
@@ -434,14 +501,13 @@ def log_tail(spec: JobSpec, lines: int = 15) -> str:
 def _submit(
     spec: JobSpec, executor: Executor, record: Record | None, fingerprint: str, identity: dict[str, Any]
 ) -> tuple[Record, Sighting]:
-    # Numbers go on over a change of inputs: returning to older inputs must not find that older attempt's traces.
-    number = record.last.number + 1 if record is not None and record.last is not None else 1
     if record is None or record.fingerprint != fingerprint:
-        record = Record(spec.experiment, spec.name, executor.name, fingerprint, identity, os.getuid(), spec.result)
-    record.executor = executor.name
+        record = _renewed(spec, executor, record, fingerprint, identity)
+    record.executor, record.shown = executor.name, shown(spec)
     attempt = record.last
     if attempt is None or attempt.state is not State.ABSENT:
-        attempt = Attempt(number, attempt_key(spec, fingerprint, number), now())
+        record.numbered += 1
+        attempt = Attempt(record.numbered, attempt_key(spec, fingerprint, record.numbered), now())
         record.attempts.append(attempt)
     # else: recorded by a call that was killed before it could submit: the same attempt, not another
     write_record(spec, record)
@@ -452,6 +518,47 @@ def _submit(
     return record, sighting
 
 
+def _renewed(spec: JobSpec, executor: Executor, record: Record | None, fingerprint: str, identity: dict[str, Any]) -> Record:
+    """A record of the work as it is now, without attempts."""
+    # Numbers go on over a change of inputs: returning to older inputs must not find that older attempt's traces.
+    numbered = max([record.numbered, *(attempt.number for attempt in record.attempts)]) if record else 0
+    return Record(
+        spec.experiment, spec.name, executor.name, fingerprint, identity, os.getuid(), spec.result, numbered=numbered
+    )  # fmt: skip
+
+
+def _found_without_record(spec: JobSpec, executor: Executor, fingerprint: str, policy: Policy) -> Record | None:
+    """The record was lost, but the job may live: keys are the same whenever they are computed again."""
+    record = Record(spec.experiment, spec.name, executor.name, fingerprint, spec.identity(), os.getuid(), spec.result)
+    for number in range(1, policy.attempts + 1):
+        attempt = Attempt(number, attempt_key(spec, fingerprint, number), now())
+        seen = executor.look_up(spec, record, attempt)
+        if seen.state in ALIVE or seen.state is State.UNKNOWN:
+            record.numbered, record.attempts = number, [attempt]
+            return record
+    return None
+
+
+def unmet_needs(spec: JobSpec) -> list[str]:
+    """The needed jobs whose work is not complete yet."""
+    unmet = []
+    for name in spec.needs:
+        record = read_record(dataclasses.replace(spec, name=name))
+        if record is None:
+            unmet.append(name)
+        elif record.result:
+            if not _says_complete(record.result, record.fingerprint):
+                unmet.append(name)
+        elif record.last is None or record.last.state is not State.COMPLETED:
+            unmet.append(name)
+    return unmet
+
+
+def shown(spec: JobSpec) -> dict[str, Any]:
+    """What a person compares: the script's text and the options it is submitted with."""
+    return {"script": read_text_or_none(spec.script) or "", "options": dict(spec.options), "arguments": list(spec.arguments)}
+
+
 def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
     attempt = record.last
     if attempt is None or sighting.state is State.UNKNOWN:
@@ -459,13 +566,18 @@ def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
     attempt.job_id = sighting.job_id or attempt.job_id
     attempt.state, attempt.reason = sighting.state, sighting.reason
     attempt.exit_code, attempt.signal = sighting.exit_code, sighting.signal
+    if sighting.never_ran:
+        attempt.details["never_ran"] = True
     write_record(spec, record)
 
 
 def _look_up(spec: JobSpec, executor: Executor, record: Record | None) -> Sighting:
     if record is None or record.last is None:
         return Sighting(State.ABSENT)
-    sighting = executor.look_up(spec, record, record.last)
+    return _with_result(record, executor.look_up(spec, record, record.last))
+
+
+def _with_result(record: Record, sighting: Sighting) -> Sighting:
     if sighting.state is State.COMPLETED and record.result and not _says_complete(record.result, record.fingerprint):
         return dataclasses.replace(sighting, state=State.FAILED, reason=f"it ended without writing its result {record.result}")
     return sighting

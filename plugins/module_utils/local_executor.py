@@ -16,11 +16,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .errors import SpecDecodeError
 from .files import read_json_or_none
-from .jobs import Attempt, JobSpec, Record, Sighting, State, job_environment
+from .jobs import Attempt, JobSpec, Record, Sighting, State, job_environment, unmet_needs
 
 KEY_VARIABLE = "SPEC_DECODE_JOB"
 EXPERIMENT_VARIABLE = "SPEC_DECODE_EXPERIMENT"
@@ -62,8 +62,18 @@ class LocalExecutor:
             return Sighting(State.ABSENT)
         return Sighting(State.LOST, job_id=attempt.job_id, reason="its processes are gone and left no exit code")
 
+    def look_up_all(self, items: Sequence[tuple[JobSpec, Record, Attempt]]) -> list[Sighting]:
+        """One after the other: each is a look at this machine's own processes."""
+        return [self.look_up(*item) for item in items]
+
     def submit(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
         """Start the launcher in a new session; it is running when this returns."""
+        unmet = unmet_needs(spec)
+        if unmet:
+            raise SpecDecodeError(
+                f"Job {spec.name!r} needs job {unmet[0]!r}, whose result is not there yet. Local jobs do not wait for others.",
+                f"Wait until {unmet[0]!r} is complete, then run again.",
+            )
         command = [
             "/bin/bash", "-c", LAUNCHER, "spec-decode-job", _exit_file(spec, attempt), str(spec.time_limit_s),
             "/bin/bash", spec.script, *spec.arguments,

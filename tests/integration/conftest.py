@@ -46,3 +46,14 @@ def bundle(tmp_path_factory):
         shutil.copy(program, folder)
     shutil.copytree(ROOT / "plugins/module_utils", folder / "spec_decode")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many faults were made to happen, and what became of them."""
+    outcomes = {
+        word: [report for report in terminalreporter.getreports(word) if "fault" in report.keywords]
+        for word in ("passed", "failed", "skipped")
+    }
+    if any(outcomes.values()):
+        counts = ", ".join(f"{len(reports)} {word}" for word, reports in outcomes.items())
+        terminalreporter.write_line(f"fault cases on real Slurm, nothing lost and nothing doubled: {counts}")

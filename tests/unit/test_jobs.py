@@ -27,7 +27,11 @@ class ScriptedExecutor:
         self.fails_at_submit = False
 
     def look_up(self, spec, record, attempt):
-        return self.seen
+        known = attempt.key in self.submitted or self.seen.state is State.UNKNOWN
+        return self.seen if known else Sighting(State.ABSENT)
+
+    def look_up_all(self, items):
+        return [self.look_up(*item) for item in items]
 
     def submit(self, spec, record, attempt):
         if self.fails_at_submit:
@@ -237,6 +241,85 @@ def test_secret_environment_values_are_not_recorded(spec):
 def test_names_that_cannot_be_labels_are_refused(spec, name):
     with pytest.raises(SpecDecodeError, match="must be 1 to 63 lower-case letters"):
         dataclasses.replace(spec, name=name)
+
+
+def test_lost_record_does_not_double_the_job(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED, job_id="1", exit_code=3)
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.RUNNING, job_id="2")
+    executor.submitted.pop(0)  # the first attempt is long forgotten; the second runs
+    os.unlink(jobs.record_path(spec))
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.ATTACH and len(executor.submitted) == 1
+    assert jobs.read_record(spec).numbered == 2
+
+
+def test_found_after_a_lost_reply_says_so(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    record = jobs.read_record(spec)
+    record.last.job_id, record.last.state = "", State.ABSENT
+    jobs.write_record(spec, record)
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.ATTACH and "found by its name" in outcome.message
+    assert jobs.read_record(spec).last.job_id == "1" and jobs.read_record(spec).last.state is State.RUNNING
+
+
+def test_directives_say_where_and_are_no_part_of_the_work(spec):
+    plain = spec.fingerprint()
+    with open(spec.script, "w") as stream:
+        stream.write("#SBATCH --partition=train\necho hello\n")
+    assert spec.fingerprint() == plain
+
+
+def test_chained_job_is_known_before_its_input_exists(spec):
+    executor = ScriptedExecutor()
+    second = dataclasses.replace(spec, name="convert", needs=("train",), result="")
+    with pytest.raises(SpecDecodeError, match="names job 'train' as its script or input"):
+        second.fingerprint()
+    jobs.ensure(spec, executor, Policy())
+    assert jobs.unmet_needs(second) == ["train"]
+    before = second.fingerprint()
+    finish(spec, spec.fingerprint())
+    assert jobs.unmet_needs(second) == [] and second.fingerprint() == before
+    with open(spec.inputs[0], "w") as stream:
+        stream.write('{"changed": true}')
+    executor.seen = Sighting(State.COMPLETED, job_id="1")
+    jobs.ensure(spec, executor, Policy())
+    assert second.fingerprint() != before and jobs.unmet_needs(second) == ["train"]
+
+
+def test_work_that_was_done_already_leaves_a_record_for_those_that_need_it(spec):
+    finish(spec, spec.fingerprint())
+    jobs.ensure(spec, ScriptedExecutor(), Policy())
+    assert dataclasses.replace(spec, name="convert", needs=("train",)).missing() == []
+
+
+def test_job_that_never_ran_is_submitted_without_costing_an_attempt(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy(attempts=1))
+    executor.seen = Sighting(State.CANCELLED, job_id="1", never_ran=True)
+    assert jobs.ensure(spec, executor, Policy(attempts=1)).action is Action.SUBMIT
+    assert jobs.read_record(spec).tries == 1 and len(jobs.read_record(spec).attempts) == 2
+
+
+def test_many_jobs_are_one_question(spec):
+    class Counting(ScriptedExecutor):
+        questions = 0
+
+        def look_up_all(self, items):
+            self.questions += 1
+            return super().look_up_all(items)
+
+    executor = Counting()
+    specs = [dataclasses.replace(spec, name=f"job-{number}") for number in range(5)]
+    for each in specs[:4]:
+        jobs.ensure(each, executor, Policy())
+    found = jobs.query_all(specs, executor)
+    assert executor.questions == 1
+    assert [outcome.state for outcome in found] == [State.RUNNING] * 4 + [State.ABSENT]
 
 
 def test_broken_record_is_one_clear_error(spec):

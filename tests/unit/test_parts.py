@@ -204,10 +204,36 @@ def test_pauses_grow_to_the_longest():
             "train RUNNING on gpu[3-4] · step 1200/10000 · acc_0 0.61",
         ),
         ({"name": "train", "state": "RUNNING", "progress": {}}, "train RUNNING"),
+        (
+            {"name": "train", "state": "RUNNING", "nodes": "n1", "elapsed_s": 4353, "restarts": 1, "progress": {"text": "go"}},
+            "train RUNNING 01:12:33 on n1, restart 1 · go",
+        ),
     ],
 )
 def test_progress_lines(job, line):
     assert waiting.progress_line(job) == line
+    assert waiting.progress_mark({**job, "elapsed_s": 9}) == waiting.progress_mark(job)
+
+
+def test_waits_of_one_play_share_their_questions(tmp_path):
+    asked = []
+
+    def ask(questions):
+        asked.append([question["name"] for question in questions])
+        return {"jobs": [{"name": question["name"], "state": "RUNNING"} for question in questions]}
+
+    boards = {name: waiting.Board(str(tmp_path), ["host", {"executor": "slurm"}]) for name in ("a", "b", "c")}
+    for _round in range(3):
+        for name, board in boards.items():
+            assert board.look({"name": name}, ask, 5)["job"]["name"] == name
+    # The first round gets to know who waits; then one question serves all three.
+    assert [len(questions) for questions in asked] == [1, 2, 3, 3, 3]
+
+
+def test_failed_question_is_nobodys_answer(tmp_path):
+    board = waiting.Board(str(tmp_path), "same")
+    assert board.look({"name": "a"}, lambda _questions: {"failed": True, "msg": "no"}, 5) == {"failed": True, "msg": "no"}
+    assert board.look({"name": "a"}, lambda questions: {"jobs": questions}, 5) == {"job": {"name": "a"}}
 
 
 def test_resolved_configs_are_compared_field_by_field():
