@@ -90,7 +90,7 @@ class Slurm:
         if answer.returncode and "You are not running a supported accounting_storage plugin" in answer.stderr:
             return {}
         lines = self._text(command, answer).splitlines()
-        return {name: preempt for name, _, preempt in (line.partition(SEPARATOR) for line in lines if line)}
+        return {name: preempt for name, _bar, preempt in (line.partition(SEPARATOR) for line in lines if line)}
 
     def _ask(self, command: list[str]) -> str:
         return self._text(command, self._call(command))

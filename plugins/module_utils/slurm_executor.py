@@ -77,20 +77,21 @@ class SlurmExecutor:
 
     def look_up_all(self, items: Sequence[tuple[JobSpec, Record, Attempt]]) -> list[Sighting]:
         """All jobs in one call of ``squeue``, and one of ``sacct`` for those that it no longer knows."""
-        names = [job_name(spec, attempt) for spec, _, attempt in items]
+        names = [job_name(spec, attempt) for spec, _record, attempt in items]
         try:
             queued = _by_name(self.slurm.queue(names, os.getuid()))
             # What ended once, and was seen to, does not come back but by way of the queue.
             asked = {
                 name: attempt.submitted_at
-                for name, (spec, _, attempt) in zip(names, items)
+                for name, (spec, _record, attempt) in zip(names, items)
                 if name not in queued and attempt.state in (State.ABSENT, *ALIVE)
             }
             accounted = self._accounted(asked)
         except Unanswered as error:
             return [Sighting(State.UNKNOWN, job_id=item[2].job_id, reason=error.message) for item in items]
         return [
-            self._sighting(spec, attempt, queued.get(name), accounted.get(name)) for name, (spec, _, attempt) in zip(names, items)
+            self._sighting(spec, attempt, queued.get(name), accounted.get(name))
+            for name, (spec, _record, attempt) in zip(names, items)
         ]
 
     def _accounted(self, asked: dict[str, str]) -> dict[str, list[Row]]:

@@ -74,7 +74,7 @@ def _expanded(part: str) -> list[str]:
         return [part] if part and part != "(null)" else []
     found = []
     for piece in match[2].split(","):
-        first, _, last = piece.partition("-")
+        first, _dash, last = piece.partition("-")
         numbers = range(int(first), int(last or first) + 1) if first.isdigit() else []
         middles = [str(number).zfill(len(first)) for number in numbers] or [piece]
         found += [name for middle in middles for name in _expanded(f"{match[1]}{middle}{match[3]}")]

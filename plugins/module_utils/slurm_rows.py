@@ -142,7 +142,7 @@ def parse_sacct(text: str) -> list[Row]:
         if len(fields) != len(SACCT_FIELDS):
             raise _unexpected("sacct", line)
         job, name, uid, state, status, elapsed, nodes, reason, submitted, started = fields
-        code, _, number = status.partition(":")
+        code, _colon, number = status.partition(":")
         rows.append(
             Row(
                 job_id=_base_id(job),

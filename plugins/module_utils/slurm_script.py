@@ -96,6 +96,6 @@ def option(name: str, value: Any) -> str:
 
 def _option(word: str) -> tuple[str, str]:
     if word.startswith("--"):
-        name, _, value = word[2:].partition("=")
+        name, _equals, value = word[2:].partition("=")
         return name, value
     return _SHORT.get(word[1:2], word[1:2]), word[2:].lstrip("=")

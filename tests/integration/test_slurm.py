@@ -268,7 +268,7 @@ def test_thousand_known_jobs_are_one_call(site):
 def test_two_plays_at_once(site, tmp_path):
     spec = site.spec("exec sleep 2")
     play = playbook(tmp_path, {**task(spec), "wait": True, "poll_interval": 1})
-    plays = [run_play(play) for _ in range(2)]
+    plays = [run_play(play) for _time in range(2)]
     outputs = [finished(process) for process in plays]
     assert sorted("submitted: true" in output for output in outputs) == [False, True], outputs
     assert site.starts(spec) == 1 and len(site.queued(spec)) <= 1
@@ -334,7 +334,7 @@ def test_controller_hangs_during_submit(site):
     spec = site.spec("exec sleep 1")
     late = executor()
     late._kept_off_serving = lambda options: {}  # it would already ask, and not be answered
-    late.look_up_all = lambda items: [jobs.Sighting(State.ABSENT) for _ in items]
+    late.look_up_all = lambda items: [jobs.Sighting(State.ABSENT) for _item in items]
     with site.cluster.paused("slurmctld"), pytest.raises(Unanswered, match="It is not known whether it was queued"):
         jobs.ensure(spec, late, Policy())
     outcome = attached(spec)
@@ -349,7 +349,7 @@ def test_duplicates_that_reached_slurm_all_the_same_do_the_work_once(site):
     spec = site.spec("sleep 1")
     outcome = submitted(spec)
     record = jobs.read_record(spec)
-    for _ in range(2):
+    for _time in range(2):
         executor().submit(spec, record, record.last)
     jobs.write_record(spec, outcome.record)
     until(lambda: all(state not in ("PENDING", "RUNNING", "COMPLETING") for state in states(site, spec)), "all three end")
@@ -430,7 +430,7 @@ def test_accounting_down_is_no_answer(site):
 @fault
 def test_rejected_submission_is_reported_and_its_record_ignored(site):
     spec = site.spec("true", options=(("mem", "999G"),))
-    for _ in range(2):
+    for _time in range(2):
         with pytest.raises(SpecDecodeError, match=r"Slurm refused the job: .*(Memory|Requested node)"):
             jobs.ensure(spec, executor(), Policy())
     time.sleep(1)  # a record of the refusal may reach the accounting now

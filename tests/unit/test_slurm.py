@@ -310,7 +310,7 @@ def test_window_is_opened_once_and_closed_once(tmp_path):
 
 def test_window_of_an_aborted_play_does_not_resume_what_another_drained_meanwhile(tmp_path):
     slurm = Nodes()
-    _, path = opened(tmp_path, slurm)
+    _found, path = opened(tmp_path, slurm)
     slurm.text = NODES.replace("State=IDLE ThreadsPerCore=1", "State=IDLE+DRAIN ThreadsPerCore=1 Reason=fans are loud")
     assert bench_window.close_window(path, "tiny", slurm) == {"changed": False, "nodes": []}
 
