@@ -15,7 +15,7 @@ from .files import read_json_object, sha256_file
 from .jobs import ALIVE, ENDED_BADLY, NAME_PATTERN
 from .phases import RESULTS
 from .verdict import stale
-from .waiting import clock, progress_line
+from .waiting import clock, progress_line, progress_mark
 
 BUNDLE = "spec-decode"
 LIVE_STATES = frozenset(state.value for state in ALIVE)
@@ -106,7 +106,7 @@ def status_lines(found: list[dict[str, Any]], jobs: list[list[dict[str, Any]]]) 
 def _phase_words(phase: str, experiment: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> str:
     job, done = jobs.get(phase), experiment["phases"].get(phase)
     if job and job["state"] in LIVE_STATES:
-        return progress_line(job).partition(" ")[2] + _time_words(job)
+        return progress_mark(job).partition(" ")[2] + _time_words(job)
     if job and job["state"] in BAD_STATES:
         return f"{job['state']}{': ' + job['reason'] if job['reason'] else ''}, see {job['log']}"
     if done:

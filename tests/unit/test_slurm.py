@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import subprocess
+import sys
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
@@ -244,7 +246,7 @@ def test_wrapper_keeps_the_directives_and_is_clean(tmp_path):
     path.write_text(slurm_script.wrapper(SCRIPT))
     assert path.read_text().startswith("#!/bin/bash\n#SBATCH --partition=train -N 2 --gres=gpu:8\n#SBATCH -t 10")
     assert "too-late" not in path.read_text()
-    subprocess.run(["shellcheck", "--exclude=SC2064", str(path)], check=True)
+    subprocess.run([str(pathlib.Path(sys.executable).with_name("shellcheck")), "--exclude=SC2064", str(path)], check=True)
 
 
 @pytest.mark.parametrize(
