@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import pathlib
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import statistics
+from ansible_collections.inference.spec_decode.plugins.module_utils import statistics, verdict
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 from ansible_collections.inference.spec_decode.tests.unit.measurements import RIGHT_LAYERS, WIN, judge, measurement, trial
 
@@ -139,3 +141,23 @@ def test_sign_test_and_interval():
     assert statistics.sign_test([2.0] * 4 + [0.5]) == pytest.approx(6 / 32)
     low, high = statistics.bootstrap_interval([1.9, 2.0, 2.1, 2.0, 2.2])
     assert 1.9 <= low <= 2.0 <= high <= 2.2
+
+
+def test_draft_of_the_demonstration_is_ship_worthy():
+    """A recorded run of the demonstration: EAGLE3, K = 3, on two cores; see the measurement's own context."""
+    recorded = json.loads((pathlib.Path(__file__).parent / "data/demo_win.json").read_text())
+    found = verdict.judge(recorded.pop("acceptance"), **recorded)
+    assert (found["decision"], found["tier"]) == ("ship", "DRAFT")
+    assert found["tier_reasons"][0] == "measured on a CPU, where there are no CUDA graphs"
+    assert found["speedup_tpot"] == pytest.approx(2.04, abs=0.01) and found["shapes"][0]["texts_equal"]
+    assert found["arms"]["trained"]["acceptance_length"] == pytest.approx(3.66, abs=0.01)
+
+
+def test_recorded_win_with_its_arms_exchanged_is_a_loss():
+    recorded = json.loads((pathlib.Path(__file__).parent / "data/demo_win.json").read_text())
+    acceptance = recorded["acceptance"]
+    other = {"standing": "trained", "trained": "standing"}
+    acceptance["arms"] = {name: acceptance["arms"][other[name]] for name in other}
+    for each in acceptance["trials"]:
+        each["arm"] = other[each["arm"]]
+    assert verdict.judge(acceptance)["decision"] == "do_not_ship"
