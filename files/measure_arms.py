@@ -2,45 +2,39 @@
 # Copyright (c) inference.spec_decode contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Serve the standing config and the trained draft on this machine, and measure them side by side.
+"""Serve the arms of a plan on this machine, and measure them side by side.
 
-Both arms are started one after the other and stay up; trials alternate in ABBA order, so that a drift of the
-machine touches both alike. The servers end with this program, however it ends.
+Trials are taken in ABBA order, so that a drift of the machine touches both arms alike. Where both servers fit, they
+stay up and take turns; otherwise one is stopped before the other starts. The servers end with this program, however it
+ends. Pairs of trials that are whole survive a kill: the next start goes on with the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import dataclasses
 import json
 import os
 import platform
-import re
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import dflash_vllm_eval as client
+from arm_servers import Fleet, RunningServer, Server, free_port
 from spec_decode import resolved
-from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, read_json_or_none, sha256_value, tail, write_json
+from spec_decode.arms import Arm, Step, arms, complete, key_of, remaining, resident, schedule
+from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
 from spec_decode.hardware import describe_hardware
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
+from spec_decode.prompts import read_prompts
+from spec_decode.vllm_metrics import Access
 
 #: how often a trial that turned out void is measured again before it stays void
 REPEATS = 2
-#: what vLLM writes before the text of a line: which process, and for an error when and where
-PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] ?)?")
-EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception): .+")
+#: parts of the plan whose change leaves the trials valid that were taken before
+HARMLESS = ("ports", "startup_timeout_s", "concurrencies", "sweep_num_speculative_tokens")
 
 
 def arguments() -> argparse.Namespace:
@@ -51,198 +45,109 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Server:
-    """One arm's vLLM server: started, ready, stopped."""
-
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], port: int, log: str) -> None:
-        self.name, self.port, self.log = name, port, log
-        self.url = f"http://127.0.0.1:{port}"
-        self.command = [*command, "--port", str(port)]
-        self._environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment}
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, timeout_s: float, progress: Progress) -> float:
-        """Seconds until the server answered ``/health``."""
-        refuse_taken_port(self.port)
-        started = time.monotonic()
-        with open(self.log, "wb") as log:
-            # A group of its own in this session: it can be stopped as a whole and still carries the job's mark.
-            self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, process_group=0
-            )
-        while not self._healthy():
-            passed = time.monotonic() - started
-            if self._process.poll() is not None:
-                raise SpecDecodeError(
-                    f"The {self.name} arm's server ended with exit code {self._process.returncode} after {passed:.0f} s."
-                    f" Its log ends with:\n{self._last_lines()}",
-                    f"See {self.log}.",
-                )
-            if passed > timeout_s:
-                raise SpecDecodeError(
-                    f"The {self.name} arm's server was not ready after {timeout_s:.0f} s. Its log ends with:\n"
-                    f"{self._last_lines()}",
-                    "Raise scaffold_startup_timeout if it only needs longer.",
-                )
-            progress.update(f"starting the {self.name} arm", int(passed), 0)
-            time.sleep(0.5)
-        return time.monotonic() - started
-
-    def stop(self) -> None:
-        """End the server and everything that it started."""
-        if self._process is None:
-            return
-        for number, grace in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace)
-                break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # children that outlived their parent
-
-    def check_alive(self) -> None:
-        """Refuse to go on with a server that died between two trials."""
-        if self._process is not None and self._process.poll() is not None:
-            raise SpecDecodeError(
-                f"The {self.name} arm's server died while it was measured. Its log ends with:\n{self._last_lines()}",
-                f"See {self.log}.",
-            )
-
-    def get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:
-            return json.load(answer)
-
-    def resolved_config(self) -> dict[str, Any]:
-        """The configuration as the running server resolved it."""
-        try:
-            return {
-                **resolved.flatten(self.get("/server_info?config_format=json")),
-                "version": self.get("/version")["version"],
-            }
-        except (urllib.error.URLError, ValueError, KeyError) as error:
-            raise SpecDecodeError(
-                f"The {self.name} arm's server does not tell its resolved configuration: {error}.",
-                "It must run with VLLM_SERVER_DEV_MODE=1, which this program sets.",
-            ) from error
-
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def _last_lines(self) -> str:
-        return "\n".join(f"    {line}" for line in error_lines(self.log) or tail(self.log, 12))
-
-
-def error_lines(log: str) -> list[str]:
-    """The exceptions that a server's log names, first cause first, without the stacks around them."""
-    found: list[str] = []
-    message = False
-    for line in tail(log, 400):
-        text = PREFIX.sub("", line)
-        # An exception's message may go on in indented lines, as pydantic's do.
-        message = bool(EXCEPTION.match(text)) or (message and text.startswith("  "))
-        if message and text not in found:
-            found.append(text)
-    return found[:6]
-
-
-def refuse_taken_port(port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise SpecDecodeError(
-                f"Port {port} on this machine is in use already ({error.strerror}).",
-                "Stop what uses it, or set scaffold_ports to others (0 takes a free one).",
-            ) from error
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def servers(plan: dict[str, Any], draft: dict[str, Any], logs: str) -> dict[str, Server]:
+def servers(plan: dict[str, Any], made: dict[str, Arm], logs: str, access: Access) -> dict[str, Server | RunningServer]:
     """The arms' servers, not started yet. They differ in the speculative config and in nothing else."""
     os.makedirs(logs, exist_ok=True)
-    made = {}
-    for arm, port in zip(plan["arms"], plan["ports"]):
+    found: dict[str, Server | RunningServer] = {}
+    for arm in made.values():
+        if arm.url:
+            found[arm.name] = RunningServer(arm.name, arm.url, arm.log, access)
+            continue
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", plan["target"]["path"],
                    "--served-model-name", plan["model"], "--host", "127.0.0.1", *plan["server_arguments"]]  # fmt: skip
-        config = speculative_config(arm, draft)
-        if config is not None:
-            command += ["--speculative-config", json.dumps(config, sort_keys=True)]
-        made[arm["name"]] = Server(
-            arm["name"], command, plan["server_environment"], port or free_port(),
-            os.path.join(logs, f"server-{arm['name']}.log"),
-        )  # fmt: skip
-    return made
+        if arm.speculative_config is not None:
+            command += ["--speculative-config", json.dumps(arm.speculative_config, sort_keys=True)]
+        log = os.path.join(logs, f"server-{arm.name}.log")
+        found[arm.name] = Server(arm.name, command, plan["server_environment"], arm.port or free_port(), log)
+    return found
 
 
-def speculative_config(arm: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any] | None:
-    config = arm.get("speculative_config")
-    if not config:
-        return None
-    if config.get("model") == "{draft}":
-        return {**config, "model": draft["draft_dir"]}
-    return dict(config)
+class Measurement:
+    """What was taken so far, on disk after every whole pair."""
+
+    def __init__(self, path: str, identity: str) -> None:
+        self._path, self._identity = path, identity
+        known = read_json_or_none(path, "partial measurement") or {}
+        same = known.get("identity") == identity
+        self.trials: list[dict[str, Any]] = known["trials"] if same else []
+        #: by arm: its flat configuration, where that was read, and how its server started
+        self.seen: dict[str, dict[str, Any]] = known["seen"] if same else {}
+
+    def save(self) -> None:
+        write_json(self._path, {"identity": self._identity, "trials": self.trials, "seen": self.seen})
+
+    def discard(self) -> None:
+        if os.path.exists(self._path):
+            os.unlink(self._path)
 
 
-@contextlib.contextmanager
-def running(made: dict[str, Server], timeout_s: float, progress: Progress) -> Iterator[dict[str, float]]:
-    """All servers up, one after the other (two at once would profile each other's memory); all down afterwards."""
-    try:
-        yield {name: server.start(timeout_s, progress) for name, server in made.items()}
-    finally:
-        for server in made.values():
-            server.stop()
+class Session:
+    """Takes the steps one by one, with the servers that each needs."""
 
+    def __init__(self, plan: dict[str, Any], made: dict[str, Arm], fleet: Fleet, access: Access, progress: Progress) -> None:
+        self._plan, self._arms, self._fleet, self._access, self._progress = plan, made, fleet, access, progress
+        prompts = read_prompts(plan["prompts"]["path"], plan["prompts"]["count"])
+        self._load = client.Load(
+            model=plan["model"],
+            prompts=prompts,
+            concurrency=1,
+            max_tokens=plan["max_tokens"],
+            temperature=plan["temperature"],
+            seed=plan["seed"],
+        )
+        self._warm: set[tuple[str, int]] = set()
 
-def order(names: list[str], trials: int) -> list[tuple[str, int]]:
-    """ABBA: every pair holds each arm once, and who goes first alternates."""
-    return [(name, pair) for pair in range(1, trials + 1) for name in (names if pair % 2 else names[::-1])]
+    def take(self, steps: list[Step], known: Measurement) -> None:
+        for number, step in enumerate(steps, 1):
+            for name in self._fleet.need(step.up):
+                self._warm = {(arm, concurrency) for arm, concurrency in self._warm if arm != name}
+                known.seen[name] = self._look_at(name, known.seen.get(name, {}))
+            self._warm_up(step)
+            trial = self._trial(step)
+            known.trials.append({**step.named, **trial})
+            self._progress.update(
+                f"concurrency {step.concurrency} · trial {number}/{len(steps)} · {step.arm}"
+                f" TPOT {trial['client']['tpot_ms']['median']:.2f} ms",
+                number,
+                len(steps),
+            )
+            if number == len(steps) or steps[number].group != step.group:
+                known.save()
 
+    def _look_at(self, name: str, before: dict[str, Any]) -> dict[str, Any]:
+        server = self._fleet.servers[name]
+        config, source = resolved.of_running(server.url, self._access, server.log)
+        return {
+            "config": config,
+            "resolved_from": source,
+            "starts_s": [*before.get("starts_s", []), *server.startup_s[-1:]],
+        }
 
-def measure(
-    plan: dict[str, Any], made: dict[str, Server], speculative: dict[str, bool], concurrency: int, progress: Progress
-) -> list[dict[str, Any]]:
-    """All trials at one concurrency, after a warm-up of each arm that is not counted."""
-    prompts = client.read_prompts(plan["prompts"]["path"], plan["prompts"]["count"])
-    load = client.Load(
-        model=plan["model"],
-        prompts=prompts,
-        concurrency=concurrency,
-        max_tokens=plan["max_tokens"],
-        temperature=plan["temperature"],
-        seed=plan["seed"],
-    )
-    for name, server in made.items():
-        progress.update(f"warming the {name} arm up at concurrency {concurrency}")
-        asyncio.run(client.drive(server.url, dataclasses.replace(load, prompts=prompts[: plan["warmup"]])))
-    trials = []
-    steps = order(list(made), plan["trials"])
-    for number, (name, pair) in enumerate(steps, 1):
+    def _warm_up(self, step: Step) -> None:
+        """Requests that are not counted, on each start and at each concurrency."""
+        if (step.arm, step.concurrency) in self._warm:
+            return
+        self._progress.update(f"warming the {step.arm} arm up at concurrency {step.concurrency}")
+        load = dataclasses.replace(self._load, prompts=self._load.prompts[: self._plan["warmup"]], concurrency=step.concurrency)
+        client.run_loop(client.drive(self._fleet.servers[step.arm].url, load, self._access))
+        self._warm.add((step.arm, step.concurrency))
+
+    def _trial(self, step: Step) -> dict[str, Any]:
+        server = self._fleet.servers[step.arm]
         for _attempt in range(1 + REPEATS):
-            made[name].check_alive()
-            trial = client.run_trial(made[name].url, load, speculative=speculative[name])
+            server.check_alive()
+            trial = client.run_trial(
+                server.url,
+                dataclasses.replace(self._load, concurrency=step.concurrency),
+                speculative=self._arms[step.arm].speculative_config is not None,
+                access=self._access,
+                num_speculative_tokens=self._arms[step.arm].num_speculative_tokens,
+            )
+            del trial["snapshots"]
             if not trial["void"]:
                 break
-            print(f"void trial of the {name} arm: {trial['void']}", flush=True)
-        del trial["snapshots"]
-        trials.append({"arm": name, "pair": pair, "concurrency": concurrency, **trial})
-        progress.update(
-            f"concurrency {concurrency} · trial {number}/{len(steps)} · {name}"
-            f" TPOT {trial['client']['tpot_ms']['median']:.2f} ms",
-            number,
-            len(steps),
-        )
-    return trials
+            print(f"void trial of the {step.arm} arm: {trial['void']}", flush=True)
+        return trial
 
 
 def main() -> None:
@@ -250,41 +155,76 @@ def main() -> None:
     result = PhaseResult("acceptance", options.out)
     progress = Progress()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the servers are stopped
-    plan = read_json_object(options.plan, "measurement plan")
+    plan = complete(read_json_object(options.plan, "measurement plan"))
     draft = read_json_object(options.draft, "staged draft") if options.draft else {}
-    made = servers(plan, draft, os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers"))
-    speculative = {arm["name"]: speculative_config(arm, draft) is not None for arm in plan["arms"]}
-    partial = f"{options.out}.partial"
-    identity = sha256_value([plan, draft])
-    known = read_json_or_none(partial, "partial measurement") or {}
-    blocks: dict[str, list[dict[str, Any]]] = known.get("blocks", {}) if known.get("identity") == identity else {}
-    with running(made, plan["startup_timeout_s"], progress) as startup:
-        configs = {name: server.resolved_config() for name, server in made.items()}
-        for concurrency in plan["concurrencies"]:
-            if str(concurrency) not in blocks:
-                blocks[str(concurrency)] = measure(plan, made, speculative, concurrency, progress)
-                write_json(partial, {"identity": identity, "blocks": blocks})
-    trials = [trial for concurrency in plan["concurrencies"] for trial in blocks[str(concurrency)]]
-    result.complete(
-        {
-            "plan": plan,
-            "draft": draft,
-            "arms": {
-                arm["name"]: {
-                    "speculative_config": speculative_config(arm, draft),
-                    "command": made[arm["name"]].command,
-                    "startup_s": round(startup[arm["name"]], 1),
-                    "resolved": resolved.essentials(configs[arm["name"]]),
-                }
-                for arm in plan["arms"]
-            },
-            "differences": resolved.differences(configs),
-            "node": platform.node(),
-            "hardware": describe_hardware(),
-            "trials": trials,
-        }
-    )
-    os.unlink(partial)
+    made = arms(plan, draft)
+    hardware = describe_hardware()
+    stay = resident(plan, hardware["kind"])
+    plan["prompts"]["sha256"] = sha256_file(plan["prompts"]["path"])
+    access = Access(os.environ.get("VLLM_API_KEY", ""), plan.get("ca_path", ""))
+    # Trials of another plan, of another draft or from another machine are not this measurement's.
+    shaping = {name: value for name, value in plan.items() if name not in HARMLESS}
+    known = Measurement(f"{options.out}.partial", sha256_value([shaping, draft, platform.node(), hardware]))
+    steps = schedule(plan, made, stay)
+    missing, known.trials = remaining(steps, known.trials)
+    logs = os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers")
+    with Fleet(servers(plan, made, logs, access), plan["startup_timeout_s"], progress) as fleet:
+        if missing:
+            Session(plan, made, fleet, access, progress).take(missing, known)
+        result.complete(
+            {
+                "plan": plan,
+                "draft": draft,
+                **findings(made, known.seen, fleet),
+                "design": {
+                    "order": "ABBA",
+                    "resident": stay,
+                    "aa_trials": plan["aa_trials"],
+                    "sweep": [arm.num_speculative_tokens for arm in made.values() if arm.sweep],
+                },
+                # Where the servers run; a plan whose arms run elsewhere says where that is.
+                "node": plan.get("served_on", {}).get("node", platform.node()),
+                "hardware": plan.get("served_on", {}).get("hardware", hardware),
+                "client_node": platform.node(),
+                "trials": in_order(steps, known.trials),
+            }
+        )
+    known.discard()
+
+
+def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet) -> dict[str, Any]:
+    """The arms as they were served, and where their configurations differ."""
+    sources = {name: seen[name]["resolved_from"] for name in made}
+    compared = resolved.comparable({name: seen[name]["config"] for name in made}, sources)
+    baseline, *others = made
+    between = {name: {each: compared[each] for each in (baseline, name)} for name in others}
+    plain = {name: compared[name] for name, arm in made.items() if not arm.sweep}
+    return {
+        "arms": {
+            name: {
+                "speculative_config": arm.speculative_config,
+                "num_speculative_tokens": arm.num_speculative_tokens,
+                "sweep": arm.sweep,
+                "url": fleet.servers[name].url,
+                "command": fleet.servers[name].command,
+                "startup_s": next(reversed(seen[name]["starts_s"]), None),
+                "starts_s": seen[name]["starts_s"],
+                "resolved": resolved.essentials(seen[name]["config"]),
+                "resolved_from": seen[name]["resolved_from"],
+                "differences": resolved.differences(between[name]) if arm.sweep else [],
+            }
+            for name, arm in made.items()
+        },
+        "differences": resolved.differences(plain),
+        "speculative_differences": resolved.speculative_differences(plain),
+    }
+
+
+def in_order(steps: list[Step], trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials as the design orders them, each with its place."""
+    places = {step.key: place for place, step in enumerate(steps, 1)}
+    placed = [{**trial, "position": places[key_of(trial)]} for trial in trials]
+    return sorted(placed, key=lambda trial: trial["position"])
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ def session_plan(plan: Object, session: Object, urls: dict[str, str], target_pat
         **plan,
         "target": {**plan["target"], "path": target_path},
         "trials": len(session["pairs"]),
+        # The first session has the baseline, whose extra trials these are.
+        "aa_trials": plan.get("aa_trials", 0) if session["name"] == "session-1" else 0,
         "arms": [{**arm, "url": urls[arm["name"]]} for arm in plan["arms"] if arm["name"] in session["arms"]],
     }
 
@@ -129,7 +131,8 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
             arm["pods"] += part["pods"][name]
             nodes.setdefault(name, set()).update(pod["node"] for pod in part["pods"][name])
         for trial in result["trials"]:
-            pair = session["pairs"][trial["pair"] - 1] if trial["pair"] <= len(session["pairs"]) else trial["pair"]
+            beyond = trial["pair"] - len(session["pairs"])  # an extra trial has a number of its own after all pairs
+            pair = plan["trials"] + beyond if beyond > 0 else session["pairs"][trial["pair"] - 1]
             trials.append({**trial, "pair": pair, "position": len(trials) + 1, "session": session["name"]})
     for arm in arms:
         found[arm["name"]]["speculative_config"] = arm["speculative_config"]

@@ -32,7 +32,7 @@ PRIORITY = -100
 #: variables and flags that would put a secret into an object for everyone to read
 SECRET = re.compile(r"TOKEN(?!S|I)|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 SECRET_FLAG = re.compile(r"^--(?:api-key|hf-token)(?:=|$)")
-ENGINE_PROGRAMS = ("dflash_vllm_eval.py", "measure_arms.py", "measure_canary.py")
+ENGINE_PROGRAMS = ("arm_servers.py", "dflash_vllm_eval.py", "measure_arms.py", "measure_canary.py")
 STAGING_PROGRAMS = ("stage_files.py",)
 
 

@@ -75,6 +75,11 @@ def _check_serving(serving: dict[str, Any]) -> None:
             "Measuring needs at least one trial, one prompt and one concurrency.",
             "Mend spec_trials, spec_prompts or spec_concurrencies.",
         )
+    if serving["aa_trials"] < 0 or any(tokens < 1 for tokens in serving["sweep_k"]):
+        raise SpecDecodeError(
+            f"{serving['aa_trials']} extra trials and a sweep over {serving['sweep_k']} speculative tokens cannot be measured.",
+            "Mend spec_aa_trials or spec_sweep_k.",
+        )
 
 
 def site_variables(environment: dict[str, Any]) -> dict[str, str]:
@@ -99,7 +104,10 @@ def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[
         "seed": seed,
         "warmup": serving["warmup"],
         "trials": serving["trials"],
+        "aa_trials": serving["aa_trials"],
         "concurrencies": serving["concurrencies"],
+        "sweep_num_speculative_tokens": serving["sweep_k"],
+        "resident": serving["resident"],
         "ports": serving["ports"],
         "startup_timeout_s": serving["startup_timeout_s"],
         "server_arguments": serving["server_arguments"],
@@ -244,7 +252,8 @@ def parameters_table(experiment: dict[str, Any]) -> list[str]:
         + (", in the target's own words" if experiment["dataset"]["regenerate"] else ""),
         "training": f"{experiment['training']['steps']} steps",
         "measured": f"{experiment['serving']['trials']} trials an arm, {experiment['serving']['prompts']} prompts,"
-        f" concurrency {', '.join(map(str, experiment['serving']['concurrencies']))}",
+        f" concurrency {', '.join(map(str, experiment['serving']['concurrencies']))}"
+        + (f", also K = {', '.join(map(str, experiment['serving']['sweep_k']))}" if experiment["serving"]["sweep_k"] else ""),
         "engine": ", ".join(f"{name} {version}" for name, version in experiment["engine"].items() if version),
         "bundle": experiment["bundle"],
     }

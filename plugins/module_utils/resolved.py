@@ -5,7 +5,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import Any
+
+from .errors import SpecDecodeError
+from .files import read_text_or_none
+from .vllm_metrics import Access, short
 
 #: the fields that shape a measurement, by the names that the reports use
 ESSENTIALS = {
@@ -30,24 +36,131 @@ ESSENTIALS = {
 CUDAGRAPH_MODES = {
     "0": "NONE", "1": "PIECEWISE", "2": "FULL", "[2, 0]": "FULL_DECODE_ONLY", "[2, 1]": "FULL_AND_PIECEWISE",
 }  # fmt: skip
-#: differ between two starts of the very same server, or follow from speculation and memory left, and shape nothing alone
-IGNORED = (
-    "instance_id",
-    "speculative_config",
+#: differ between two starts of the very same server, and shape nothing
+SAYS_NOTHING = re.compile(
+    r"(^|[._])(instance_id|port|port_list|ip|cache_dir|debug_dump_path|compilation_time|static_forward_context|traced_files)(\.|$)"
+)
+#: the speculative config itself, or the room that vLLM makes for the draft's tokens and weights
+SPECULATION = (
+    "speculative_config.",
+    "num_lookahead_tokens",
+    "max_num_scheduled_tokens",
     "num_gpu_blocks",
     "kv_cache_size_tokens",
     "kv_cache_max_concurrency",
-    "port",
-    "_ip",
-    "cache_dir",
-    "debug_dump_path",
-    "compilation_time",
-    "encoder_compilation_time",
-    "static_forward_context",
-    "num_lookahead_tokens",
-    "max_num_scheduled_tokens",
-    "traced_files",
 )
+#: under the speculative config, copies of the two models' whole configurations
+COPIES = re.compile(r"^speculative_config\.(draft|target)_\w+_config\.")
+#: what vLLM sizes by the tokens of one step or sets from asynchronous scheduling, and no flag makes equal. Neither the
+#: mode of CUDA graphs nor asynchronous scheduling itself is one of these.
+FOLLOWS = (
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "compile_sizes",
+    "compile_ranges",
+    "disable_nccl_for_dp_synchronization",
+)
+#: the fields of the start-up log's line about the configuration, by their places in /server_info
+LOG_FIELDS = {
+    "dtype": "model_config.dtype",
+    "max_seq_len": "model_config.max_model_len",
+    "quantization": "model_config.quantization",
+    "enforce_eager": "model_config.enforce_eager",
+    "kv_cache_dtype": "cache_config.cache_dtype",
+    "enable_prefix_caching": "cache_config.enable_prefix_caching",
+    "tensor_parallel_size": "parallel_config.tensor_parallel_size",
+    "pipeline_parallel_size": "parallel_config.pipeline_parallel_size",
+    "data_parallel_size": "parallel_config.data_parallel_size",
+}
+#: those of the arguments that were given, which the line about the configuration leaves out
+LOG_ARGUMENTS = {
+    "gpu_memory_utilization": "cache_config.gpu_memory_utilization",
+    "enable_expert_parallel": "parallel_config.enable_expert_parallel",
+    "max_num_seqs": "scheduler_config.max_num_seqs",
+    "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
+    "async_scheduling": "scheduler_config.async_scheduling",
+}
+CONFIGURATION = re.compile(r"Initializing a V1 LLM engine \(v(?P<version>[^)]+)\) with config: (?P<config>.*)")
+ARGUMENTS = re.compile(r"non-default args: (?P<arguments>\{.*\})")
+BATCHED = re.compile(r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)")
+ASYNCHRONOUS = re.compile(r"Asynchronous scheduling is (enabled|disabled)")
+GRAPH_MODE = re.compile(r"['\"]?cudagraph_mode['\"]?\s*[:=]\s*(?:<CUDAGraphMode\.(\w+)|(\[[^\]]*\]|\d+))")
+
+
+def of_running(url: str, access: Access | None = None, log: str = "") -> tuple[dict[str, Any], str]:
+    """A running server's flat configuration, and where it was read: ``server_info``, ``log`` or ``nothing``.
+
+    ``/server_info`` exists with VLLM_SERVER_DEV_MODE=1. Without it, ``log`` is the server's start-up log, where there is
+    one at hand.
+    """
+    access = access or Access()
+    version = _get(url, "/version", access).get("version")
+    info = _get(url, "/server_info", access, config_format="json")
+    if isinstance(info.get("vllm_config"), dict):
+        return {**flatten(info), "version": version}, "server_info"
+    text = read_text_or_none(log) if log else None
+    if text is not None:
+        return {**from_log(text), "version": version}, "log"
+    return {"version": version}, "nothing"
+
+
+def _get(url: str, path: str, access: Access, **query: str) -> dict[str, Any]:
+    """One answer of the server; empty where it has no such page."""
+    import requests
+
+    try:
+        found = access.get(f"{url}{path}", **query).json()
+    except requests.HTTPError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SpecDecodeError(
+            f"{url}{path} could not be read: {short(error)}.", "Check that a vLLM server runs at this address."
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def from_log(text: str) -> dict[str, Any]:
+    """What a server's start-up log tells of its configuration, by the names of /server_info.
+
+    vLLM logs neither its defaults for batching nor for memory: a field that was not given is absent here.
+    """
+    configuration = _last(CONFIGURATION, text)
+    if configuration is None:
+        raise SpecDecodeError(
+            "The log holds no line of vLLM about its configuration ('Initializing a V1 LLM engine').",
+            "Give the log from the server's start on.",
+        )
+    line = configuration["config"]
+    found: dict[str, Any] = {"version": configuration["version"]}
+    for name, field in LOG_FIELDS.items():
+        value = re.search(rf"(?:^|, ){name}=([^,]*)", line)
+        if value:
+            found[field] = _value(value[1])
+    mode = GRAPH_MODE.search(line)
+    if mode:
+        found["compilation_config.cudagraph_mode"] = mode[1] or mode[2]
+    arguments = _last(ARGUMENTS, text)
+    given = _value(arguments["arguments"]) if arguments else {}
+    if isinstance(given, dict):
+        found.update({field: given[name] for name, field in LOG_ARGUMENTS.items() if name in given})
+    if batched := _last(BATCHED, text):
+        found["scheduler_config.max_num_batched_tokens"] = int(batched[1])
+    if asynchronous := _last(ASYNCHRONOUS, text):
+        found["scheduler_config.async_scheduling"] = asynchronous[1] == "enabled"
+    return found
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match: a log that was written on holds earlier starts, too."""
+    return next(reversed(list(pattern.finditer(text))), None)
+
+
+def _value(text: str) -> Any:
+    """A Python literal as it is written, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -66,18 +179,41 @@ def essentials(config: dict[str, Any]) -> dict[str, Any]:
     """The fields that every number's context names; ``None`` where the server does not tell."""
     found = {name: config.get(path) for name, path in ESSENTIALS.items()}
     mode = found["cudagraph_mode"]
-    return {**found, "cudagraph_mode": CUDAGRAPH_MODES.get(str(mode), mode)}
+    return {**found, "cudagraph_mode": CUDAGRAPH_MODES.get(re.sub(r",\s*", ", ", str(mode)), mode)}
 
 
 def differences(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every field in which the servers differ, other than the speculative config and what says nothing."""
-    names = list(configs)
+    return [
+        {**found, "follows_from_speculation": any(part in found["field"] for part in FOLLOWS)}
+        for found in _unequal(configs)
+        if not _is_speculation(found["field"])
+    ]
+
+
+def speculative_differences(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fields of the speculative config itself, as the servers resolved it."""
+    return [found for found in _unequal(configs) if _is_speculation(found["field"]) and not COPIES.match(found["field"])]
+
+
+def _is_speculation(field: str) -> bool:
+    return field == "speculative_config" or any(part in field for part in SPECULATION)
+
+
+def _unequal(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     fields = sorted({field for config in configs.values() for field in config})
     found = []
     for field in fields:
-        if any(part in field for part in IGNORED):
+        if SAYS_NOTHING.search(field):
             continue
-        values = {name: configs[name].get(field) for name in names}
+        values = {name: config.get(field) for name, config in configs.items()}
         if len({repr(value) for value in values.values()}) > 1:
             found.append({"field": field, "values": values})
     return found
+
+
+def comparable(configs: dict[str, dict[str, Any]], sources: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Configurations by the fields that all of them could tell: a log tells fewer than /server_info, under other words."""
+    if len(set(sources.values())) == 1:
+        return configs
+    return {name: essentials(config) for name, config in configs.items()}

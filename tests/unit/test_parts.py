@@ -17,7 +17,6 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     features,
     files,
     preflight,
-    resolved,
     slurm_time,
     waiting,
 )
@@ -234,16 +233,6 @@ def test_failed_question_is_nobodys_answer(tmp_path):
     board = waiting.Board(str(tmp_path), "same")
     assert board.look({"name": "a"}, lambda _questions: {"failed": True, "msg": "no"}, 5) == {"failed": True, "msg": "no"}
     assert board.look({"name": "a"}, lambda questions: {"jobs": questions}, 5) == {"job": {"name": "a"}}
-
-
-def test_resolved_configs_are_compared_field_by_field():
-    info = {"vllm_config": {"model_config": {"dtype": "bf16"}, "compilation_config": {"cudagraph_mode": [2, 1]}}}
-    one = resolved.flatten(info)
-    assert resolved.essentials(one)["cudagraph_mode"] == "FULL_AND_PIECEWISE"
-    other = {**one, "model_config.dtype": "fp16", "speculative_config.method": "eagle3", "cache_config.num_gpu_blocks": 3}
-    assert resolved.differences({"standing": one, "trained": other}) == [
-        {"field": "model_config.dtype", "values": {"standing": "bf16", "trained": "fp16"}}
-    ]
 
 
 PLAN = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import vllm_metrics as vm
@@ -14,10 +15,12 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.errors impor
 from hypothesis import given
 from hypothesis import strategies as st
 
+DATA = pathlib.Path(__file__).parent / "data"
 URL = "http://server/metrics"
 
 
-def text(drafts=0, accepted=(0, 0, 0), requests=0, start=100.0, model="m", engine="0", suffix="_total", tpot=()):
+def text(drafts=0, accepted=(0, 0, 0), requests=0, start=100.0, model="m", engine="0", suffix="_total", tpot=(), tokens=0,
+         running=0, began=None):  # fmt: skip
     labels = f'engine="{engine}",model_name="{model}"'
     lines = [f"process_start_time_seconds {start}"]
     counters = {
@@ -31,6 +34,10 @@ def text(drafts=0, accepted=(0, 0, 0), requests=0, start=100.0, model="m", engin
         for place, value in enumerate(accepted)
     ]
     lines.append(f'vllm:request_success{suffix}{{{labels},finished_reason="stop"}} {requests}')
+    lines.append(f"vllm:generation_tokens{suffix}{{{labels}}} {tokens}")
+    lines.append(f"vllm:num_requests_running{{{labels}}} {running}")
+    if began is not None:
+        lines.append(f"vllm:time_to_first_token_seconds_count{{{labels}}} {began}")
     name = "vllm:request_time_per_output_token_seconds"
     for bound in ("0.005", "0.01", "+Inf"):
         count = sum(value <= float(bound) for value in tpot)
@@ -41,6 +48,10 @@ def text(drafts=0, accepted=(0, 0, 0), requests=0, start=100.0, model="m", engin
 
 def snapshot(*texts, at=0.0, **fields):
     return vm.parse("".join(texts) or text(**fields), URL, at)
+
+
+def at(url, content):
+    return vm.parse(content, url, 0.0)
 
 
 def test_acceptance_is_a_ratio_of_sums_with_the_bonus_token():
@@ -67,9 +78,125 @@ def test_older_names_without_total():
 
 
 def test_several_endpoints_combine_as_sums():
-    one = vm.window(snapshot(), snapshot(drafts=100, accepted=(90, 0, 0)))
-    two = vm.window(snapshot(), snapshot(drafts=300, accepted=(30, 0, 0)))
-    assert vm.combine([one, two])["acceptance_length"] == pytest.approx(1 + 120 / 400)
+    before = [at("a", text()), at("b", text())]
+    after = [
+        at("b", text(drafts=300, accepted=(30, 0, 0), tpot=(0.008,))),
+        at("a", text(drafts=100, accepted=(90, 0, 0), tpot=(0.004,))),
+    ]
+    found = vm.compare(before, after)
+    assert found["total"]["acceptance_length"] == pytest.approx(1 + 120 / 400)
+    assert found["total"]["tpot_s"]["mean"] == pytest.approx(0.006)
+    assert [window["url"] for window in found["windows"]] == ["a", "b"]
+    assert [engine["acceptance_length"] for engine in found["engines"]] == [pytest.approx(1.9), pytest.approx(1.1)]
+
+
+def test_driven_requests_are_counted_over_all_endpoints():
+    before, after = [at("a", text()), at("b", text())], [at("a", text(drafts=1, requests=3)), at("b", text(drafts=1, requests=3))]
+    assert vm.compare(before, after, driven=6)["total"]["requests"] == 6
+    with pytest.raises(SpecDecodeError, match="a, b finished 6 requests in the window, but only 5 were driven"):
+        vm.compare(before, after, driven=5)
+
+
+def test_snapshots_of_other_endpoints_or_models():
+    with pytest.raises(SpecDecodeError, match="from before are of a, those from after of a, b"):
+        vm.compare([at("a", text())], [at("a", text()), at("b", text())])
+    with pytest.raises(SpecDecodeError, match="different models: m and n"):
+        vm.compare([at("a", text()), at("b", text(model="n"))], [at("a", text()), at("b", text(model="n"))])
+
+
+def test_engine_that_served_but_did_not_draft_is_refused_and_an_idle_one_is_not():
+    def engines(tokens):
+        return text(drafts=9, accepted=(9, 0, 0), tokens=50) + text(engine="1", tokens=tokens)
+
+    before = snapshot(text() + text(engine="1"))
+    assert vm.compare([before], [snapshot(engines(0))])["engines"][1]["acceptance_length"] is None
+    with pytest.raises(SpecDecodeError, match="engine 1 drafted nothing in the window"):
+        vm.compare([before], [snapshot(engines(7))])
+
+
+def test_of_two_names_of_one_histogram_the_newer_is_read():
+    labels = 'engine="0",model_name="m"'
+    both = "".join(
+        f'{name}_bucket{{{labels},le="+Inf"}} {count}\n{name}_sum{{{labels}}} {count}\n{name}_count{{{labels}}} {count}\n'
+        for name, count in (("vllm:time_per_output_token_seconds", 7), ("vllm:inter_token_latency_seconds", 4))
+    )
+    assert vm.window(snapshot(), snapshot(text() + both), speculative=False)["itl_s"]["count"] == 4
+    old = both.splitlines(keepends=True)[:3]
+    assert vm.window(snapshot(), snapshot(text() + "".join(old)), speculative=False)["itl_s"]["count"] == 7
+
+
+def test_vllm_that_does_not_count_drafts():
+    def old(tokens, accepted):
+        labels = '{engine="0",model_name="m"}'
+        return snapshot(f"vllm:spec_decode_num_draft_tokens_total{labels} {tokens}\n"
+                        f"vllm:spec_decode_num_accepted_tokens_total{labels} {accepted}\n")  # fmt: skip
+
+    with pytest.raises(SpecDecodeError, match=r"counts draft tokens, but no drafts, .* Name num_speculative_tokens"):
+        vm.window(old(0, 0), old(30, 12))
+    found = vm.window(old(0, 0), old(30, 12), num_speculative_tokens=3)
+    assert found["acceptance_length"] == pytest.approx(1 + 12 / 10) and found["acceptance_per_position"] == []
+
+
+def test_tpot_of_a_vllm_without_its_histogram():
+    labels = 'engine="0",model_name="m"'
+    more = "".join(
+        f'{name}_bucket{{{labels},le="+Inf"}} 4\n{name}_sum{{{labels}}} {total}\n{name}_count{{{labels}}} 4\n'
+        for name, total in (("vllm:request_decode_time_seconds", 1.2), ("vllm:request_generation_tokens", 124))
+    )
+    found = vm.window(snapshot(), snapshot(text() + more), speculative=False)
+    assert found["tpot_of_sums_s"] == pytest.approx(1.2 / 120)
+    assert vm.window(snapshot(), snapshot(), speculative=False)["tpot_of_sums_s"] is None
+
+
+counts = st.integers(0, 1000)
+
+
+@st.composite
+def growing(draw):
+    """Three moments of two engines whose counters only grow, each position accepted at most as often as the one before."""
+    moments = []
+    state = [[0, [0, 0, 0], 0] for _ in range(2)]
+    for _ in range(3):
+        for engine in state:
+            drafts = draw(counts) + 1
+            engine[0] += drafts
+            for place in range(3):
+                drafts = draw(st.integers(0, drafts))
+                engine[1][place] += drafts
+            engine[2] += draw(counts)
+        moments.append("".join(text(e[0], tuple(e[1]), e[2], engine=str(n)) for n, e in enumerate(state)))
+    return [snapshot(moment, at=float(number)) for number, moment in enumerate(moments)]
+
+
+@given(growing())
+def test_windows_in_a_row_add_up_to_the_whole(moments):
+    first, second, whole = (vm.window(moments[a], moments[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    for name in ("drafts", "draft_tokens", "accepted_tokens", "requests"):
+        assert first[name] + second[name] == whole[name]
+    lengths = sorted((first["acceptance_length"], second["acceptance_length"]))
+    assert lengths[0] - 1e-9 <= whole["acceptance_length"] <= lengths[1] + 1e-9
+
+
+@given(growing())
+def test_acceptance_is_consistent_with_its_positions(moments):
+    found = vm.compare(moments[:1], moments[2:])
+    total = found["total"]
+    assert total["acceptance_length"] == pytest.approx(1 + sum(total["acceptance_per_position"]))
+    assert 1 <= total["acceptance_length"] <= 1 + len(total["acceptance_per_position"])
+    assert total["acceptance_per_position"] == sorted(total["acceptance_per_position"], reverse=True)
+    assert all(0 <= rate <= 1 for rate in total["conditional_acceptance"])
+    assert sum(engine["drafts"] for engine in found["engines"]) == total["drafts"]
+    # A ratio of sums, so it does not depend on how the sums are split.
+    weighted = sum(engine["acceptance_length"] * engine["drafts"] for engine in found["engines"]) / total["drafts"]
+    assert total["acceptance_length"] == pytest.approx(weighted)
+
+
+@given(growing(), st.integers(0, 1), st.sampled_from(["drafts", "requests"]))
+def test_any_counter_that_falls_is_a_restart(moments, number, name):
+    later = vm.Snapshot.from_dict(moments[2].as_dict())
+    later.engines["m", str(number)].counters[name] = moments[0].engines["m", str(number)].counters[name] - 1
+    with pytest.raises(SpecDecodeError, match=f"restarted in the window: its counter of {name} fell"):
+        vm.window(moments[0], later)
 
 
 def test_histogram_window_and_quantiles():
@@ -103,6 +230,9 @@ def test_no_speculation_has_no_acceptance():
         ({"start": 1.0}, {"start": 2.0, "drafts": 5}, {}, "restarted in the window: its process started anew"),
         ({}, {"requests": 5}, {}, "drafted nothing in the window"),
         ({}, {"drafts": 5, "requests": 5}, {"driven": 4}, "finished 5 requests in the window, but only 4 were driven"),
+        ({}, {"drafts": 5, "requests": 4, "began": 5}, {"driven": 4}, "began 5 requests in the window, but only 4 were driven"),
+        ({"running": 1}, {"drafts": 5}, {"driven": 4}, "had 1 requests running or waiting at the start of the window"),
+        ({}, {"drafts": 5, "running": 2}, {"driven": 4}, "had 2 requests running or waiting at the end of the window"),
         ({}, {"drafts": 5}, {"model_name": "other"}, "serves m, not other"),
     ],
 )
@@ -114,7 +244,7 @@ def test_windows_that_cannot_be_trusted(before, after, options, words):
 def test_traffic_for_another_model_is_refused():
     before = snapshot(text(model="m"), text(model="n"))
     after = snapshot(text(drafts=5, accepted=(5, 0, 0), model="m"), text(requests=2, model="n"))
-    with pytest.raises(SpecDecodeError, match="served 2 requests for another model than m"):
+    with pytest.raises(SpecDecodeError, match=r"served 2 requests \(0 tokens\) for another model than m"):
         vm.window(before, after, model_name="m")
 
 
@@ -146,4 +276,24 @@ def test_snapshots_survive_being_stored():
 
 def test_unreachable_server():
     with pytest.raises(SpecDecodeError, match="could not be scraped"):
-        vm.scrape("http://127.0.0.1:9", timeout_s=1)
+        vm.scrape("http://127.0.0.1:9", vm.Access(timeout_s=1))
+
+
+def recorded(moment):
+    """As a vLLM 0.32 with ngram and K = 3 exported it, around three requests of 40 tokens each."""
+    return vm.parse((DATA / f"vllm-0.32-ngram-{moment}.txt").read_text(), URL, 0.0)
+
+
+def test_recorded_window():
+    found = vm.window(recorded("before"), recorded("after"), driven=3, model_name="small")
+    assert (found["requests"], found["generation_tokens"], found["prompt_tokens"]) == (3, 120, 54)
+    assert (found["drafts"], found["draft_tokens"], found["accepted_per_position"]) == (14, 42, [3, 3, 3])
+    assert found["acceptance_length"] == pytest.approx(1 + 9 / 14)
+    assert (found["tpot_s"]["count"], found["ttft_s"]["count"], found["e2e_s"]["count"]) == (3, 3, 3)
+    # Of 117 tokens after the first ones, 9 came in one output with another.
+    assert found["itl_s"]["count"] == 108 and found["itl_s"]["mean"] > found["tpot_s"]["mean"]
+    assert found["tpot_of_sums_s"] == pytest.approx(found["tpot_s"]["mean"])
+    with pytest.raises(SpecDecodeError, match="finished 3 requests in the window, but only 2 were driven"):
+        vm.window(recorded("before"), recorded("after"), driven=2)
+    with pytest.raises(SpecDecodeError, match="fell from"):
+        vm.window(recorded("after"), recorded("before"))

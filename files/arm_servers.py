@@ -1,0 +1,185 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The vLLM servers of a measurement's arms. Used by measure_arms.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+from spec_decode.errors import SpecDecodeError
+from spec_decode.files import tail
+from spec_decode.progress import Progress
+from spec_decode.vllm_metrics import Access
+
+#: what vLLM writes before the text of a line: which process, and for an error when and where
+PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] ?)?")
+EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception): .+")
+
+
+class Server:
+    """One arm's vLLM server: started, ready, stopped, and perhaps started again."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], port: int, log: str) -> None:
+        self.name, self.port, self.log = name, port, log
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = [*command, "--port", str(port)]
+        self.startup_s: list[float] = []
+        self._environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def up(self) -> bool:
+        return self._process is not None
+
+    def start(self, timeout_s: float, progress: Progress) -> None:
+        """Start the server and wait until it answers ``/health``."""
+        refuse_taken_port(self.port)
+        started = time.monotonic()
+        with open(self.log, "ab" if self.startup_s else "wb") as log:
+            # A group of its own in this session: it can be stopped as a whole and still carries the job's mark.
+            self._process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, process_group=0
+            )
+        while not self._healthy():
+            passed = time.monotonic() - started
+            if self._process.poll() is not None:
+                raise SpecDecodeError(
+                    f"The {self.name} arm's server ended with exit code {self._process.returncode} after {passed:.0f} s."
+                    f" Its log ends with:\n{self._last_lines()}",
+                    f"See {self.log}.",
+                )
+            if passed > timeout_s:
+                raise SpecDecodeError(
+                    f"The {self.name} arm's server was not ready after {timeout_s:.0f} s. Its log ends with:\n"
+                    f"{self._last_lines()}",
+                    "Raise spec_startup_timeout if it only needs longer.",
+                )
+            progress.update(f"starting the {self.name} arm", int(passed), 0)
+            time.sleep(0.5)
+        self.startup_s.append(round(time.monotonic() - started, 1))
+
+    def stop(self) -> None:
+        """End the server and everything that it started."""
+        if self._process is None:
+            return
+        for number, grace in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace)
+                break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # children that outlived their parent
+        self._process = None
+
+    def check_alive(self) -> None:
+        """Refuse to go on with a server that died between two trials."""
+        if self._process is not None and self._process.poll() is not None:
+            raise SpecDecodeError(
+                f"The {self.name} arm's server died while it was measured. Its log ends with:\n{self._last_lines()}",
+                f"See {self.log}.",
+            )
+
+    def _healthy(self) -> bool:
+        return healthy(self.url, Access(timeout_s=5))
+
+    def _last_lines(self) -> str:
+        return "\n".join(f"    {line}" for line in error_lines(self.log) or tail(self.log, 12))
+
+
+class RunningServer:
+    """An arm's server that somebody else runs: nothing is started or stopped, only asked."""
+
+    command = None
+
+    def __init__(self, name: str, url: str, log: str, access: Access) -> None:
+        self.name, self.url, self.log = name, url, log
+        self.startup_s: list[float] = []
+        self.up = False
+        self._access = access
+
+    def start(self, timeout_s: float, progress: Progress) -> None:
+        progress.update(f"looking for the {self.name} arm at {self.url}")
+        self.check_alive()
+        self.up = True
+
+    def stop(self) -> None:
+        """It is not ours to stop."""
+
+    def check_alive(self) -> None:
+        if not healthy(self.url, self._access):
+            raise SpecDecodeError(
+                f"The {self.name} arm's server at {self.url} does not answer /health.",
+                "Start it, or mend the arm's url in the plan.",
+            )
+
+
+class Fleet:
+    """The arms' servers; those that a step needs are up, all are down at the end."""
+
+    def __init__(self, servers: dict[str, Server | RunningServer], timeout_s: float, progress: Progress) -> None:
+        self.servers = servers
+        self._timeout_s, self._progress = timeout_s, progress
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for server in self.servers.values():
+            server.stop()
+
+    def need(self, names: tuple[str, ...]) -> list[str]:
+        """Bring these servers up, one after the other (two at once would profile each other's memory); which started."""
+        for name, server in self.servers.items():
+            if name not in names:
+                server.stop()
+        started = [name for name in names if not self.servers[name].up]
+        for name in started:
+            self.servers[name].start(self._timeout_s, self._progress)
+        return started
+
+
+def healthy(url: str, access: Access) -> bool:
+    try:
+        access.get(f"{url}/health")
+    except OSError:
+        return False
+    return True
+
+
+def error_lines(log: str) -> list[str]:
+    """The exceptions that a server's log names, first cause first, without the stacks around them."""
+    found: list[str] = []
+    message = False
+    for line in tail(log, 400):
+        text = PREFIX.sub("", line)
+        # An exception's message may go on in indented lines, as pydantic's do.
+        message = bool(EXCEPTION.match(text)) or (message and text.startswith("  "))
+        if message and text not in found:
+            found.append(text)
+    return found[:6]
+
+
+def refuse_taken_port(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SpecDecodeError(
+                f"Port {port} on this machine is in use already ({error.strerror}).",
+                "Stop what uses it, or set spec_ports to others (0 takes a free one).",
+            ) from error
+
+
+def free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

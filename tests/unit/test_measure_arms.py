@@ -1,0 +1,164 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Measuring arms whose servers run already: two stub servers of a known pace stand for them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+@contextlib.contextmanager
+def stub(*options):
+    command = [sys.executable, str(ROOT / "tests/support/stub_server.py"), "--tokens", "13", "--gap-ms", "6", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def urls():
+    """A standing arm with a token every 6 ms, and one that has three a time."""
+    with stub() as standing, stub("--tokens-a-chunk", "3") as trained:
+        yield standing, trained
+
+
+@pytest.fixture
+def program(programs):
+    import measure_arms
+
+    return measure_arms
+
+
+@pytest.fixture
+def plan(urls, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    speculative = {"method": "eagle3", "num_speculative_tokens": 2}
+    return {
+        "model": "stub", "target": {"path": "/t", "sha": "1"}, "prompts": {"path": str(tmp_path / "prompts.txt"), "count": 2},
+        "max_tokens": 13, "temperature": 0.0, "seed": 0, "warmup": 1, "trials": 3, "aa_trials": 1, "concurrencies": [1, 2],
+        "startup_timeout_s": 9, "arms": [
+            {"name": "standing", "url": urls[0]}, {"name": "trained", "url": urls[1], "speculative_config": speculative},
+        ],
+    }  # fmt: skip
+
+
+def measure(program, plan, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir(exist_ok=True)
+    (tmp_path / "configs/arms.json").write_text(json.dumps(plan))
+    out = tmp_path / "acceptance.json"
+    monkeypatch.setattr(sys, "argv", ["measure_arms.py", "--plan", str(tmp_path / "configs/arms.json"), "--out", str(out)])
+    program.main()
+    return json.loads(out.read_text())
+
+
+def names(trials):
+    return [(trial["concurrency"], trial["arm"], trial["pair"], trial["purpose"]) for trial in trials]
+
+
+def test_arms_that_run_already(program, plan, urls, tmp_path, monkeypatch):
+    found = measure(program, plan, tmp_path, monkeypatch)
+    block = [
+        ("standing", 4, "noise"), ("standing", 1, "compare"), ("trained", 1, "compare"), ("trained", 2, "compare"),
+        ("standing", 2, "compare"), ("standing", 3, "compare"), ("trained", 3, "compare"),
+    ]  # fmt: skip
+    assert names(found["trials"]) == [(concurrency, *trial) for concurrency in (1, 2) for trial in block]
+    assert [trial["position"] for trial in found["trials"]] == list(range(1, 15))
+    assert found["arms"]["trained"]["url"] == urls[1] and found["arms"]["trained"]["command"] is None
+    assert found["arms"]["standing"]["resolved_from"] == "nothing" and found["arms"]["standing"]["starts_s"] == []
+    assert found["design"] == {"order": "ABBA", "resident": True, "aa_trials": 1, "sweep": []}
+    for trial in found["trials"]:
+        speculates = trial["arm"] == "trained"
+        assert trial["client"]["tpot_ms"]["median"] >= 0.97 * (2 if speculates else 6)
+        assert trial["engine"]["acceptance_length"] == (3 if speculates else None)
+        assert len(trial["texts"]) == 2 and trial["client"]["concurrency"] == trial["concurrency"]
+    assert len(found["plan"]["prompts"]["sha256"]) == 64
+    assert not (tmp_path / "acceptance.json.partial").exists()
+
+
+def test_whole_pairs_survive_a_kill(program, plan, tmp_path, monkeypatch):
+    taken = []
+    real = program.client.run_trial
+
+    def until_the_sixth(url, load, **options):
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(load.concurrency)
+        return {**real(url, load, **options), "void": ""}
+
+    monkeypatch.setattr(program.client, "run_trial", until_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        measure(program, plan, tmp_path, monkeypatch)
+    kept = json.loads((tmp_path / "acceptance.json.partial").read_text())["trials"]
+    assert names(kept) == [
+        (1, "standing", 4, "noise"), (1, "standing", 1, "compare"), (1, "trained", 1, "compare"), (1, "trained", 2, "compare"),
+        (1, "standing", 2, "compare"),
+    ]  # fmt: skip
+    again = []
+    monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: again.append(1) or {**real(*args, **kw), "void": ""})
+    found = measure(program, plan, tmp_path, monkeypatch)
+    assert len(found["trials"]) == 14 and len(again) == 9
+    assert [t["started_at"] for t in found["trials"][:5]] == [t["started_at"] for t in kept]
+
+
+def test_trials_of_another_plan_are_not_taken_over(program, plan, tmp_path, monkeypatch):
+    (tmp_path / "acceptance.json.partial").write_text(
+        json.dumps({"identity": "other", "trials": [{"arm": "standing"}], "seen": {}})
+    )
+    assert len(measure(program, {**plan, "trials": 1, "concurrencies": [1]}, tmp_path, monkeypatch)["trials"]) == 3
+
+
+def test_void_trial_is_measured_again(program, plan, tmp_path, monkeypatch):
+    real, seen = program.client.run_trial, []
+
+    def void_twice(*args, **options):
+        seen.append(1)
+        return {**real(*args, **options), "void": "the machine stalled" if len(seen) < 3 else ""}
+
+    monkeypatch.setattr(program.client, "run_trial", void_twice)
+    found = measure(program, {**plan, "trials": 1, "aa_trials": 0, "concurrencies": [1]}, tmp_path, monkeypatch)
+    assert len(seen) == 4 and [trial["void"] for trial in found["trials"]] == ["", ""]
+
+
+def test_server_that_is_not_there(program, plan, tmp_path, monkeypatch):
+    from spec_decode.errors import SpecDecodeError
+
+    plan["arms"][0]["url"] = "http://127.0.0.1:9"
+    with pytest.raises(SpecDecodeError, match="The standing arm's server at http://127.0.0.1:9 does not answer /health"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+class Recorded:
+    """A server that only notes what is done to it."""
+
+    def __init__(self, name, notes):
+        self.name, self.notes, self.up = name, notes, False
+
+    def start(self, _timeout_s, _progress):
+        self.notes.append(f"start {self.name}")
+        self.up = True
+
+    def stop(self):
+        if self.up:
+            self.notes.append(f"stop {self.name}")
+        self.up = False
+
+
+def test_servers_change_one_at_a_time_and_all_stop(programs):
+    from arm_servers import Fleet
+
+    notes = []
+    with Fleet({name: Recorded(name, notes) for name in "abc"}, 1.0, None) as fleet:
+        for names_needed in (("a",), ("b",), ("b",), ("a", "c")):
+            fleet.need(names_needed)
+    assert notes == ["start a", "stop a", "start b", "stop b", "start a", "start c", "stop a", "stop c"]

@@ -1,0 +1,94 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What servers resolved their configurations to: recorded from vLLM 0.32, from /server_info and from its start-up log."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import resolved
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+
+DATA = pathlib.Path(__file__).parent / "data"
+#: what the start-up log does not tell unless it was given as an argument
+UNLOGGED = {"gpu_memory_utilization", "expert_parallel", "async_scheduling"}
+
+
+def info(arm):
+    document = json.loads((DATA / f"vllm-0.32-{arm}.server_info.json").read_text())
+    return {**resolved.flatten(document), "version": "0.32.0"}
+
+
+def log(arm):
+    return (DATA / f"vllm-0.32-{arm}.log").read_text()
+
+
+@pytest.mark.parametrize("arm", ["none", "ngram"])
+def test_log_and_server_info_tell_the_same(arm):
+    told, logged = resolved.essentials(info(arm)), resolved.essentials(resolved.from_log(log(arm)))
+    assert {name for name in told if told[name] != logged[name]} == UNLOGGED
+    assert all(logged[name] is None for name in UNLOGGED)
+    assert (logged["cudagraph_mode"], logged["max_num_batched_tokens"], logged["version"]) == ("NONE", 512, "0.32.0")
+
+
+def test_differences_name_what_is_not_the_speculative_config():
+    arms = {"standing": info("none"), "trained": info("ngram")}
+    (only,) = resolved.differences(arms)
+    assert only["field"] == "parallel_config.disable_nccl_for_dp_synchronization" and only["follows_from_speculation"]
+    assert {found["field"] for found in resolved.speculative_differences(arms)} == {
+        "speculative_config.method", "speculative_config.num_speculative_tokens",
+        "scheduler_config.max_num_scheduled_tokens",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "follows"),
+    [
+        ("compilation_config.cudagraph_mode", 1, False),
+        ("model_config.enforce_eager", False, False),
+        ("scheduler_config.max_num_seqs", 8, False),
+        ("scheduler_config.max_num_batched_tokens", 256, False),
+        ("scheduler_config.async_scheduling", True, False),
+        ("cache_config.cache_dtype", "fp8", False),
+        ("cache_config.enable_prefix_caching", True, False),
+        ("parallel_config.tensor_parallel_size", 2, False),
+        ("version", "0.31.0", False),
+        ("compilation_config.cudagraph_capture_sizes", [4, 8], True),
+    ],
+)
+def test_every_field_that_shapes_a_measurement_is_compared(field, value, follows):
+    found = resolved.differences({"standing": info("none"), "trained": {**info("none"), field: value}})
+    assert [(each["field"], each["follows_from_speculation"]) for each in found] == [(field, follows)]
+    assert found[0]["values"]["trained"] == value
+
+
+@pytest.mark.parametrize("field", ["instance_id", "parallel_config.data_parallel_master_port", "x.static_forward_context.a.b"])
+def test_what_differs_between_two_starts_says_nothing(field):
+    assert resolved.differences({"standing": info("none"), "trained": {**info("none"), field: "other"}}) == []
+    assert resolved.differences({"standing": info("none"), "trained": {**info("none"), "x.transport": 1}})
+
+
+def test_configurations_told_in_different_ways_are_compared_by_the_essentials():
+    configs = {"standing": info("none"), "trained": resolved.from_log(log("ngram"))}
+    compared = resolved.comparable(configs, {"standing": "server_info", "trained": "log"})
+    assert {found["field"] for found in resolved.differences(compared)} == UNLOGGED
+    assert resolved.comparable(configs, {"standing": "log", "trained": "log"}) is configs
+
+
+def test_log_of_several_starts_and_of_graph_modes():
+    line = "INFO Initializing a V1 LLM engine (v0.{}) with config: model='/a, b=1', dtype=x, compilation_config={}, x=1\n"
+    named = resolved.from_log(line.format("9.1", "{'cudagraph_mode': <CUDAGraphMode.PIECEWISE: 1>}") + log("none"))
+    assert named["version"] == "0.32.0"
+    named = resolved.from_log(log("none") + line.format("11.0", "{'cudagraph_mode': <CUDAGraphMode.FULL_AND_PIECEWISE: (2, 1)>}"))
+    assert resolved.essentials(named)["cudagraph_mode"] == "FULL_AND_PIECEWISE" and named["version"] == "0.11.0"
+    older = resolved.from_log(line.format("10.2", '{"cudagraph_mode":[2,1]}') + "Asynchronous scheduling is enabled.\n")
+    assert resolved.essentials(older)["cudagraph_mode"] == "FULL_AND_PIECEWISE"
+    assert resolved.essentials(older)["async_scheduling"] is True
+
+
+def test_log_of_something_else():
+    with pytest.raises(SpecDecodeError, match="holds no line of vLLM about its configuration"):
+        resolved.from_log("nginx started\n")
