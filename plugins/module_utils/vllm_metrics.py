@@ -367,7 +367,7 @@ def _add(engine: Engine, name: str, labels: dict[str, str], value: float) -> Non
     elif name in GAUGES:
         engine.gauges[GAUGES[name]] = engine.gauges.get(GAUGES[name], 0.0) + value
     else:
-        base, _, part = name.rpartition("_")
+        base, _separator, part = name.rpartition("_")
         if base not in HISTOGRAM_NAMES or part not in ("sum", "count", "bucket"):
             return
         histogram = engine.histograms.setdefault(base, {"sum": 0.0, "count": 0.0, "buckets": {}})

@@ -116,7 +116,7 @@ def evaluate(bundle, server, prompts, out, *options):
 
 def test_quiet_window_is_trusted_and_nothing_drafted_is_refused(server):
     before = module(urls=[server.url])["snapshots"]
-    for _ in range(2):
+    for _number in range(2):
         assert server.chat().ok
     found = module(before=before, after=settled(server, before, 2), driven=2, model_name="small")
     assert found["acceptance"]["requests"] == 2 and found["acceptance"]["generation_tokens"] == 96
@@ -132,7 +132,7 @@ def test_quiet_window_is_trusted_and_nothing_drafted_is_refused(server):
 
 def test_foreign_traffic_is_refused(server):
     before = module(urls=[server.url])["snapshots"]
-    for _ in range(3):
+    for _number in range(3):
         assert server.chat().ok
     with pytest.raises(SpecDecodeError, match="finished 3 requests in the window, but only 2 were driven"):
         module(before=before, after=settled(server, before, 3), driven=2)

@@ -155,8 +155,8 @@ counts = st.integers(0, 1000)
 def growing(draw):
     """Three moments of two engines whose counters only grow, each position accepted at most as often as the one before."""
     moments = []
-    state = [[0, [0, 0, 0], 0] for _ in range(2)]
-    for _ in range(3):
+    state = [[0, [0, 0, 0], 0] for _number in range(2)]
+    for _number in range(3):
         for engine in state:
             drafts = draw(counts) + 1
             engine[0] += drafts
