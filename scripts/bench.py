@@ -2,52 +2,31 @@
 # Copyright (c) inference.spec_decode contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Run the demonstration for both methods and print what it reached as JSON, every figure with its context."""
+"""Run benchmarks and print what they found as one JSON document, every figure with its context.
+
+A benchmark is a module of scripts/benchmarks with a function measured(); the file's name is the benchmark's.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import pathlib
-import subprocess
 import sys
-import tempfile
-import time
 
-import demo
-
-FIGURES = ("decision", "tier", "speedup_tpot")
+NAMES = sorted(path.stem for path in (pathlib.Path(__file__).resolve().parent / "benchmarks").glob("*.py"))
 
 
 def main() -> int:
-    found = {method: measured(method) for method in ("eagle3", "dflash")}
-    print(json.dumps(found, indent=2))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which, of {', '.join(NAMES)}; all if none is named")
+    wanted = parser.parse_args().names or NAMES
+    unknown = sorted(set(wanted) - set(NAMES))
+    if unknown:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    print(json.dumps({name: importlib.import_module(f"benchmarks.{name}").measured() for name in wanted}, indent=2))
     return 0
-
-
-def measured(method: str) -> dict:
-    """One method's demonstration: its verdict's figures, the phases' times, and the time of a rerun without work."""
-    with tempfile.TemporaryDirectory() as folder:
-        timings = pathlib.Path(folder) / "timings.json"
-        command = [sys.executable, demo.__file__, "--method", method, "--timings", str(timings)]
-        started = time.monotonic()
-        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-            raise SystemExit(f"bench: the demonstration of {method} failed")
-        total = time.monotonic() - started
-        times = json.loads(timings.read_text())
-        started = time.monotonic()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-        rerun = time.monotonic() - started
-    results = demo.WORK / f"tiny-chat-{method}/spec-decode/results"
-    verdict = json.loads((results / "verdict.json").read_text())
-    return {
-        **{name: verdict[name] for name in FIGURES},
-        "arms": {
-            name: {"acceptance_length": arm["acceptance_length"], "tpot_ms": arm["tpot_ms"], "ttft_ms": arm["ttft_ms"]}
-            for name, arm in verdict["arms"].items()
-        },
-        "context": verdict["context"],
-        "times_s": {**times, "total": total, "rerun_without_work": rerun},
-    }
 
 
 if __name__ == "__main__":
