@@ -206,7 +206,7 @@ def main() -> None:
             "model_name": {"type": "str", "default": ""},
             "driven": {"type": "int"},
             "speculative": {"type": "bool", "default": True},
-            "num_speculative_tokens": {"type": "int"},
+            "num_speculative_tokens": {"type": "int", "no_log": False},
             "bearer_token": {"type": "str", "no_log": True},
             "ca_path": {"type": "path"},
             "validate_certs": {"type": "bool", "default": True},
