@@ -99,6 +99,9 @@ def of_running(url: str, access: Access | None = None, log: str = "") -> tuple[d
     if isinstance(info.get("vllm_config"), dict):
         return {**flatten(info), "version": version}, "server_info"
     text = read_text_or_none(log) if log else None
+    if text is None and isinstance(info.get("vllm_config"), str):
+        # Older versions know no other format here than that of the log's line, which tells less than a whole log.
+        return {**_from_line(info["vllm_config"]), "version": version}, "server_info"
     if text is not None:
         return {**from_log(text), "version": version}, "log"
     return {"version": version}, "nothing"
@@ -130,15 +133,7 @@ def from_log(text: str) -> dict[str, Any]:
             "The log holds no line of vLLM about its configuration ('Initializing a V1 LLM engine').",
             "Give the log from the server's start on.",
         )
-    line = configuration["config"]
-    found: dict[str, Any] = {"version": configuration["version"]}
-    for name, field in LOG_FIELDS.items():
-        value = re.search(rf"(?:^|, ){name}=([^,]*)", line)
-        if value:
-            found[field] = _value(value[1])
-    mode = GRAPH_MODE.search(line)
-    if mode:
-        found["compilation_config.cudagraph_mode"] = mode[1] or mode[2]
+    found = {"version": configuration["version"], **_from_line(configuration["config"])}
     arguments = _last(ARGUMENTS, text)
     given = _value(arguments["arguments"]) if arguments else {}
     if isinstance(given, dict):
@@ -147,6 +142,19 @@ def from_log(text: str) -> dict[str, Any]:
         found["scheduler_config.max_num_batched_tokens"] = int(batched[1])
     if asynchronous := _last(ASYNCHRONOUS, text):
         found["scheduler_config.async_scheduling"] = asynchronous[1] == "enabled"
+    return found
+
+
+def _from_line(line: str) -> dict[str, Any]:
+    """The fields of vLLM's own text of its configuration."""
+    found: dict[str, Any] = {}
+    for name, field in LOG_FIELDS.items():
+        value = re.search(rf"(?:^|, ){name}=([^,]*)", line)
+        if value:
+            found[field] = _value(value[1])
+    mode = GRAPH_MODE.search(line)
+    if mode:
+        found["compilation_config.cudagraph_mode"] = mode[1] or mode[2]
     return found
 
 

@@ -127,6 +127,7 @@ def certificate(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 def test_certificates(certificate, tmp_path):
     with serving(Vllm().page, certificate) as url:
         assert run(urls=[url], ca_path=certificate)["snapshots"]

@@ -9,6 +9,7 @@ import json
 import pathlib
 
 import pytest
+import requests
 from ansible_collections.inference.spec_decode.plugins.module_utils import resolved
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
@@ -92,3 +93,43 @@ def test_log_of_several_starts_and_of_graph_modes():
 def test_log_of_something_else():
     with pytest.raises(SpecDecodeError, match="holds no line of vLLM about its configuration"):
         resolved.from_log("nginx started\n")
+
+
+class Server:
+    """What a server answers, by path."""
+
+    def __init__(self, **pages):
+        self.pages = pages
+
+    def get(self, address, **_query):
+        name = address.rpartition("/")[2]
+        if name not in self.pages:
+            raise requests.HTTPError("404 Not Found")
+        return self
+
+    def json(self):
+        return self.pages
+
+
+def pages(**found):
+    """An access whose every page holds all of ``found``: each reader picks what is its own."""
+    return Server(version="0.32.0", **found)
+
+
+def test_where_a_running_server_is_read(tmp_path):
+    text = log("ngram").partition("with config: ")[2]
+    (tmp_path / "server.log").write_text(log("ngram"))
+    told = json.loads((DATA / "vllm-0.32-ngram.server_info.json").read_text())["vllm_config"]
+
+    config, source = resolved.of_running("http://a", pages(server_info=1, vllm_config=told))
+    assert source == "server_info" and resolved.essentials(config)["max_num_seqs"] == 4
+    config, source = resolved.of_running("http://a", pages(server_info=1, vllm_config=text))
+    assert source == "server_info" and resolved.essentials(config)["enforce_eager"] is True
+    config, source = resolved.of_running("http://a", pages(), str(tmp_path / "server.log"))
+    assert source == "log" and resolved.essentials(config)["max_num_seqs"] == 4
+    assert resolved.of_running("http://a", pages()) == ({"version": "0.32.0"}, "nothing")
+
+
+def test_server_that_is_not_there():
+    with pytest.raises(SpecDecodeError, match="http://127.0.0.1:9/version could not be read"):
+        resolved.of_running("http://127.0.0.1:9")
