@@ -275,8 +275,8 @@ def test_by_hand_against_a_known_pace(client, paced, tmp_path, monkeypatch, caps
     found = json.loads(out.read_text())
     assert [trial["client"]["concurrency"] for trial in found["trials"]] == [1, 3]
     for trial in found["trials"]:
-        # Three tokens every 20 ms, whatever a busy machine adds; a chunk taken for a token would be 20 ms.
-        assert 0.97 * 20 / 3 < trial["client"]["tpot_ms"]["median"] < 15
+        # Three tokens every 20 ms, whatever a busy machine adds or takes; a chunk taken for a token would be 20 ms.
+        assert 4 < trial["client"]["tpot_ms"]["median"] < 15
         assert trial["engine"]["acceptance_length"] == 3 and trial["client"]["requests"] == 3
     assert found["context"]["prompts"]["count"] == 3 and found["context"]["server"][0] == {"version": "0.0.stub"}
     assert "concurrency 3, trial 1: TPOT median" in capsys.readouterr().out

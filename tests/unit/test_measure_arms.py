@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
@@ -79,9 +80,14 @@ def test_arms_that_run_already(program, plan, urls, tmp_path, monkeypatch):
     assert found["design"] == {"order": "ABBA", "resident": True, "aa_trials": 1, "sweep": []}
     for trial in found["trials"]:
         speculates = trial["arm"] == "trained"
-        assert trial["client"]["tpot_ms"]["median"] >= 0.97 * (2 if speculates else 6)
         assert trial["engine"]["acceptance_length"] == (3 if speculates else None)
         assert len(trial["texts"]) == 2 and trial["client"]["concurrency"] == trial["concurrency"]
+    # 6 ms and 2 ms a token, whatever a busy machine adds or takes.
+    tpot = {
+        arm: statistics.median(t["client"]["tpot_ms"]["median"] for t in found["trials"] if t["arm"] == arm)
+        for arm in found["arms"]
+    }
+    assert tpot["standing"] > 1.5 * tpot["trained"]
     assert len(found["plan"]["prompts"]["sha256"]) == 64
     assert not (tmp_path / "acceptance.json.partial").exists()
 
