@@ -141,13 +141,14 @@ class Connection(asyncio.Protocol):
         pages = {
             b"/metrics": ("text/plain", lambda: self._counts.text(self._answer)),
             b"/health": ("text/plain", lambda: ""),
+            b"/server_info": ("application/json", lambda: json.dumps({"vllm_config": {"model_config": {"dtype": "none"}}})),
             b"/version": ("application/json", lambda: json.dumps({"version": "0.0.stub"})),
             b"/v1/models": (
                 "application/json",
                 lambda: json.dumps({"data": [{"id": self._answer.model, "max_model_len": 4096}]}),
             ),
         }
-        kind, page = pages.get(path, ("text/plain", None))
+        kind, page = pages.get(path.partition(b"?")[0], ("text/plain", None))
         status = "200 OK" if page else "404 Not Found"
         body = (page() if page else "not found").encode()
         self._transport.write(f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)

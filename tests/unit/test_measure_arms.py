@@ -11,15 +11,17 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+STUB = ROOT / "tests/support/stub_server.py"
 
 
 @contextlib.contextmanager
 def stub(*options):
-    command = [sys.executable, str(ROOT / "tests/support/stub_server.py"), "--tokens", "13", "--gap-ms", "6", *options]
+    command = [sys.executable, str(STUB), "--tokens", "13", "--gap-ms", "6", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             yield server.stdout.readline().strip()
@@ -76,7 +78,7 @@ def test_arms_that_run_already(program, plan, urls, tmp_path, monkeypatch):
     assert names(found["trials"]) == [(concurrency, *trial) for concurrency in (1, 2) for trial in block]
     assert [trial["position"] for trial in found["trials"]] == list(range(1, 15))
     assert found["arms"]["trained"]["url"] == urls[1] and found["arms"]["trained"]["command"] is None
-    assert found["arms"]["standing"]["resolved_from"] == "nothing" and found["arms"]["standing"]["starts_s"] == []
+    assert found["arms"]["standing"]["resolved_from"] == "server_info" and found["arms"]["standing"]["starts_s"] == []
     assert found["design"] == {"order": "ABBA", "resident": True, "aa_trials": 1, "sweep": []}
     for trial in found["trials"]:
         speculates = trial["arm"] == "trained"
@@ -142,6 +144,66 @@ def test_server_that_is_not_there(program, plan, tmp_path, monkeypatch):
     plan["arms"][0]["url"] = "http://127.0.0.1:9"
     with pytest.raises(SpecDecodeError, match="The standing arm's server at http://127.0.0.1:9 does not answer /health"):
         measure(program, plan, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def started(program, plan, tmp_path, monkeypatch):
+    """The plan with arms that are started: a stub process stands for each vLLM, with as many tokens a chunk as K says."""
+    from arm_servers import Server, free_port
+
+    def stubs(_plan, made, logs, _access):
+        found = {}
+        for arm in made.values():
+            tokens = 1 + (arm.num_speculative_tokens or 0)
+            command = [sys.executable, str(STUB), "--tokens", "13", "--gap-ms", "6", "--tokens-a-chunk", str(tokens)]
+            found[arm.name] = Server(arm.name, command, {}, free_port(), str(tmp_path / f"{arm.name}.log"))
+        return found
+
+    monkeypatch.setattr(program, "servers", stubs)
+    for arm in plan["arms"]:
+        del arm["url"]
+    return plan
+
+
+@pytest.mark.parametrize(("resident", "starts"), [(False, {"standing": 2, "trained": 2}), (True, {"standing": 1, "trained": 1})])
+def test_servers_are_started_as_the_design_says(program, started, resident, starts, tmp_path, monkeypatch):
+    started.update(trials=3, aa_trials=0, concurrencies=[1], resident=resident)
+    found = measure(program, started, tmp_path, monkeypatch)
+    assert {name: len(arm["starts_s"]) for name, arm in found["arms"].items()} == starts
+    assert [trial["arm"][0] for trial in found["trials"]] == ["s", "t", "t", "s", "s", "t"]
+    assert found["design"]["resident"] is resident and found["arms"]["standing"]["command"][1] == str(STUB)
+    for arm in found["arms"].values():
+        with pytest.raises(OSError):
+            urllib.request.urlopen(f"{arm['url']}/health", timeout=5)
+
+
+def test_sweep_measures_each_k_beside_the_standing_arm(program, started, tmp_path, monkeypatch):
+    started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[1, 5])
+    found = measure(program, started, tmp_path, monkeypatch)
+    assert [trial["arm"] for trial in found["trials"]] == [
+        "standing", "trained", "standing", "trained-k1", "standing", "trained-k5",
+    ]  # fmt: skip
+    assert found["design"]["sweep"] == [1, 5] and [arm["sweep"] for arm in found["arms"].values()] == [False, False, True, True]
+    lengths = {trial["arm"]: trial["engine"].get("acceptance_length") for trial in found["trials"]}
+    assert lengths == {"standing": None, "trained": 3, "trained-k1": 2, "trained-k5": 6}
+
+
+def test_server_that_ends_or_takes_too_long_says_its_last_words(programs, tmp_path):
+    from arm_servers import Server, free_port
+    from spec_decode.errors import SpecDecodeError
+    from spec_decode.progress import Progress
+
+    words = "print('ValueError: no such model', flush=True); raise SystemExit(3)"
+    server = Server("standing", [sys.executable, "-c", words], {}, free_port(), str(tmp_path / "log"))
+    with pytest.raises(
+        SpecDecodeError, match=r"ended with exit code 3 after [0-9]+ s. Its log ends with:\n    ValueError: no such model"
+    ):
+        server.start(30, Progress(""))
+    slow = Server("trained", [sys.executable, "-c", "import time; time.sleep(60)"], {}, free_port(), str(tmp_path / "log"))
+    with pytest.raises(SpecDecodeError, match="was not ready after [0-9]+ s"):
+        slow.start(0.1, Progress(""))
+    slow.stop()
+    assert not slow.up
 
 
 class Recorded:
