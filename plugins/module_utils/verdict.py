@@ -267,7 +267,8 @@ def _outcome(
         # Without speculation it is 1 by definition, which any draft exceeds: it must exceed what a step costs.
         needed = max(cost * (1 + tpot.floor), limits["min_acceptance_length"])
         hopeless = bool(rates) and rates[0] < limits["near_zero_acceptance"]
-        direction = 1 if length > needed else -1 if hopeless or length < cost / (1 + tpot.floor) else 0
+        # Below break-even and slower are one thing, measured once: the pairs decide it, not two medians.
+        direction = 1 if length > needed else -1 if hopeless or tpot.direction == -1 else 0
         lists[direction].append(
             f"acceptance length {length:.2f} against a break-even of {cost:.2f} at the measured step cost"
             + (f"; only {rates[0]:.2f} of first positions are accepted" if hopeless else "")

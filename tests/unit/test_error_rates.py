@@ -16,6 +16,7 @@ import random
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils.statistics import Trial, compare
+from ansible_collections.inference.spec_decode.tests.unit.measurements import judge, measurement
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "data/same_arms.json").read_text())
 SESSIONS = 400
@@ -103,6 +104,20 @@ def test_true_loss_of_10_per_cent_is_found_as_often(pairs):
     noise = gauss(random.Random(pairs), 0.02)
     found = [session(noise, pairs, speedup=1 / 1.1) for _each in range(SESSIONS)]
     assert found.count(-1) >= 0.9 * SESSIONS and found.count(1) == 0
+
+
+@pytest.mark.parametrize("speculating", [False, True])
+@pytest.mark.parametrize("series", RECORDED["series"], ids=lambda series: series["name"])
+def test_whole_verdict_on_same_arms_is_inconclusive(series, speculating):
+    """The gate from end to end, on recorded TPOT: with two arms that draft nothing, and with two that draft alike."""
+    rng = random.Random(3)
+    rates = (0.8, 0.6, 0.5) if speculating else ()
+    decisions = []
+    for _each in range(SESSIONS // 2):
+        standing, trained = (rng.choices(series["tpot_ms"], k=3) for _arm in range(2))
+        found = measurement(standing, trained, rates=rates, base_rates=rates)
+        decisions.append(judge(found, train=None, convert=None)["decision"])
+    assert decisions.count("inconclusive") >= 0.95 * len(decisions)
 
 
 def test_more_noise_raises_the_floor():
