@@ -47,7 +47,8 @@ def draft_lengths(measured: list[dict[str, Any]], standing_tpot_ms: float) -> di
     usable = [point for point in measured if point["rates"]]
     if not usable:
         return None
-    longest = max(usable, key=lambda point: point["k"])
+    usable.sort(key=lambda point: point["k"])
+    longest = usable[-1]
     points = [{name: point[name] for name in ("k", "acceptance_length", "step_cost", "speedup")} for point in usable]
     fitted = fit_step_cost([(point["k"], point["step_cost"]) for point in usable])
     if fitted is None:

@@ -253,7 +253,7 @@ def _outcome(
     length, base = arms[TRAINED]["acceptance_length"], arms[STANDING]["acceptance_length"]
     rates = arms[TRAINED]["acceptance_per_position"]
     lists: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    test = f", p = {tpot.p_value:.3f}, 95 % interval {_figures(tpot.interval)}" if tpot.p_value and tpot.interval else ""
+    test = f", p = {tpot.p_value:.3f} for a win, 95 % interval {_figures(tpot.interval)}" if tpot.p_value and tpot.interval else ""
     lists[tpot.direction].append(
         f"TPOT speed-up {tpot.median:.2f} at concurrency {concurrency}, pairs {_figures(tpot.ratios)},"
         f" noise floor {tpot.floor:.1%} of this session{test}"

@@ -315,7 +315,7 @@ def test_five_pairs_bring_a_p_value_and_an_interval():
     shape = found["shapes"][0]
     assert found["tier"] == "VERDICT" and found["decision"] == "ship"
     assert shape["p_value"] == pytest.approx(1 / 32) and 1.9 < shape["interval"][0] <= shape["interval"][1] < 2.1
-    assert any("p = 0.031, 95 % interval" in reason for reason in found["reasons"])
+    assert any("p = 0.031 for a win, 95 % interval" in reason for reason in found["reasons"])
 
 
 def test_extra_trials_of_the_standing_arm_add_to_the_noise():
