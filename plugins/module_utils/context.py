@@ -184,7 +184,7 @@ def descriptor(
         "stack": {
             "engine": "vLLM",
             "version": resolved.get("version"),
-            "image": acceptance["arms"][arm].get("image"),
+            "image": image_of(acceptance, arm),
             "client": "dflash_vllm_eval.py",
         },
         "grounding": {
@@ -197,6 +197,12 @@ def descriptor(
         },
     }
     return Context.from_dict(found, f"the {arm} arm's numbers at concurrency {concurrency}")
+
+
+def image_of(acceptance: dict[str, Any], arm: str) -> str | None:
+    """The container image that an arm was served from, where it was one."""
+    image = acceptance["arms"][arm].get("image") or acceptance["plan"].get("served_on", {}).get("image")
+    return str(image) if image else None
 
 
 def mismatch(one: Context, other: Context) -> list[str]:

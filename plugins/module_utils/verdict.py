@@ -79,6 +79,7 @@ def judge(
         "cause": cause,
         "diagnosis": words,
         "method": method,
+        "prompts_held_out": _held_out(dataset, method),
         "arms": head["arms"],
         "speedup_tpot": head["speedup_tpot"],
         "greedy_outputs_equal": all(shape["texts_equal"] for shape in shapes),
@@ -106,7 +107,7 @@ def expiry(acceptance: dict[str, Any]) -> dict[str, Any]:
             "target_sha": acceptance["plan"]["target"].get("sha"),
             "hardware": acceptance["hardware"]["name"],
             "vllm": standing["resolved"]["version"],
-            "image": standing.get("image"),
+            "image": context.image_of(acceptance, STANDING),
             "prompts_sha256": acceptance["plan"]["prompts"].get("sha256"),
         },
         "rule": "stale as soon as any of these differs from what is served",
@@ -253,7 +254,9 @@ def _outcome(
     length, base = arms[TRAINED]["acceptance_length"], arms[STANDING]["acceptance_length"]
     rates = arms[TRAINED]["acceptance_per_position"]
     lists: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    test = f", p = {tpot.p_value:.3f} for a win, 95 % interval {_figures(tpot.interval)}" if tpot.p_value and tpot.interval else ""
+    test = (
+        f", p = {tpot.p_value:.3f} for a win, 95 % interval {_figures(tpot.interval)}" if tpot.p_value and tpot.interval else ""
+    )
     lists[tpot.direction].append(
         f"TPOT speed-up {tpot.median:.2f} at concurrency {concurrency}, pairs {_figures(tpot.ratios)},"
         f" noise floor {tpot.floor:.1%} of this session{test}"
@@ -427,9 +430,16 @@ def tier_reasons(
     method = (acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method")
     if dataset is None and method not in UNTRAINED:
         reasons.append("nothing proves that training never saw the prompts")
-    elif dataset is not None and dataset.get("overlap_train_eval"):
+    elif dataset is not None and dataset["overlap_train_eval"]:
         reasons.append(f"training saw {dataset['overlap_train_eval']} of the prompts")
     return reasons
+
+
+def _held_out(dataset: dict[str, Any] | None, method: str) -> str:
+    """How it is known that training never saw the prompts."""
+    if dataset is not None:
+        return f"as stated: {dataset['stated']}" if dataset.get("stated") else "compared with the training data"
+    return "nothing was trained" if method in UNTRAINED else "not known"
 
 
 def _training(shape: dict[str, Any], train: dict[str, Any] | None) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def test_what_keeps_a_win_a_draft(change, words):
 def test_prompts_must_be_proven_held_out():
     assert judge(measurement(*WIN), dataset=None)["tier"] == "DRAFT"
     assert judge(measurement(*WIN), dataset={"overlap_train_eval": 2})["tier"] == "DRAFT"
+    stated = judge(measurement(*WIN), dataset={"overlap_train_eval": 0, "stated": "asked after it was published"})
+    assert stated["tier"] == "VERDICT" and stated["prompts_held_out"] == "as stated: asked after it was published"
 
 
 def test_clear_loss_is_not_shipped_and_called_too_slow():
