@@ -11,7 +11,7 @@ LM head are the target's own and are shared with it at load.
 from __future__ import annotations
 
 from draft_conversion import Converted, Draft, arguments, attention_and_mlp, check_tensors, convert
-from spec_decode.derive import served_aux_layers
+from spec_decode.layers import served_aux_layers
 from spec_decode.program import run
 
 

@@ -12,7 +12,7 @@ both of vLLM's model runners read alike.
 from __future__ import annotations
 
 from draft_conversion import Converted, Draft, arguments, attention_and_mlp, check_tensors, convert
-from spec_decode.derive import served_aux_layers
+from spec_decode.layers import served_aux_layers
 from spec_decode.program import run
 
 #: SpecForge's option says "norm before the LM head", vLLM's reads it as "feed the normed state back".

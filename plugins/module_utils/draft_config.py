@@ -182,14 +182,19 @@ def _attention(fields: _Fields, hidden: int) -> None:
     size = text[source] if source else (hidden // heads if heads and hidden % heads == 0 else None)
     why = ""
     if any(text.get(name) is not None for name in LATENT_NAMES):
-        why = "plain grouped-query attention in place of latent attention"
+        size, why = None, "plain grouped-query attention in place of latent attention"
     elif heads is None:
-        why = "the target has no attention heads to copy"
+        size, why = None, "the target has no attention heads to copy"
     elif not _servable(size):
         why = f"attention kernels serve head sizes that are multiples of 8 up to {LARGEST_HEAD_SIZE}, not the target's {size}"
+        size = None
+    elif fields.method == "eagle3" and hidden % heads:
+        why = f"SpecForge's EAGLE3 draft wants a multiple of its heads as hidden size, which {hidden} is not for {heads} heads"
     if why:
-        size = fields.set("head_dim", HEAD_SIZE if hidden >= HEAD_SIZE else max(8, hidden // 8 * 8), "rule", why)
-        heads = max(1, hidden // positive(size, "head_dim"))
+        size = size or (HEAD_SIZE if hidden >= HEAD_SIZE else max(8, hidden // 8 * 8))
+        size = positive(fields.set("head_dim", size, "rule", why), "head_dim")
+        most = max(1, hidden // size)
+        heads = next(number for number in range(most, 0, -1) if hidden % number == 0)
         heads = fields.set("num_attention_heads", heads, "rule", f"hidden_size / head_dim: {why}")
     else:
         fields.set(
@@ -338,6 +343,8 @@ def _check(fields: _Fields) -> None:
     heads, kv, size = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
     if heads % kv:
         raise SpecDecodeError(f"The draft's {heads} attention heads are no multiple of its {kv} key-value heads.", remedy)
+    if fields.method == "eagle3" and values["hidden_size"] % heads:
+        raise SpecDecodeError(f"The hidden size {values['hidden_size']} is no multiple of the draft's {heads} heads.", remedy)
     if size % 2:
         raise SpecDecodeError(f"The draft's head_dim must be even for its rotary embedding, but is {size}.", remedy)
     if fields.method == "eagle3" and values["draft_vocab_size"] > values["vocab_size"]:

@@ -14,6 +14,7 @@ from typing import Any
 from .draft_config import METHODS
 from .errors import SpecDecodeError
 from .files import sha256_value
+from .fit import fit
 from .jobs import NAME_PATTERN
 from .specforge import run_config
 
@@ -62,11 +63,35 @@ def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "training": {"steps": settings["train_steps"], **settings["training"]},
         "serving": settings["serving"],
     }
+    experiment["fit"] = _fit(experiment, plan, settings["hardware"])
     experiment["recipe"] = _recipe(experiment, plan, settings)
     experiment["jobs"] = _jobs(experiment)
     experiment["documents"] = _documents(experiment, plan)
     experiment["derivation"] = plan["derivation"]
     return experiment
+
+
+def _fit(experiment: dict[str, Any], plan: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
+    target, serving, dataset = experiment["target"], experiment["serving"], experiment["dataset"]
+    return fit(
+        plan["config"],
+        experiment["method"],
+        layers=experiment["aux_layers"],
+        draft=plan["draft_configs"][experiment["method"]],
+        weights={"parameters": target["parameters"], "bytes": target["bytes"]},
+        rows=dataset["train"],
+        row_tokens=max(1, dataset["max_length"] // 2),
+        context=_context(serving["server_arguments"]),
+        requests=max(serving["concurrencies"], default=1),
+        request_tokens=dataset["max_length"] + serving["max_tokens"],
+        **hardware,
+    )
+
+
+def _context(arguments: list[str]) -> int:
+    """The server's longest context as its flags give it, 0 if they do not."""
+    found = re.search(r"--max-model-len[= ](\d+)", " ".join(map(str, arguments)))
+    return int(found.group(1)) if found else 0
 
 
 def _check_serving(serving: dict[str, Any]) -> None:

@@ -12,9 +12,7 @@ from typing import Any
 from .conversations import LAYOUTS
 from .errors import SpecDecodeError
 from .files import read_json_object
-
-#: bytes of a token's feature for each aux layer and, for EAGLE3, the last state (bfloat16)
-FEATURE_BYTES = 2
+from .fit import feature_bytes_per_token
 
 
 def checks(
@@ -43,8 +41,7 @@ def checks(
 def feature_bytes(plan: dict[str, Any], tokens: int) -> int:
     """Disk for the features of ``tokens``: (aux layers + last state for EAGLE3) × hidden size × 2 bytes each."""
     states: int = len(plan["values"]["aux_layers"]) + (plan["method"] == "eagle3")
-    hidden = int(plan["target"]["hidden_size"])
-    return tokens * states * hidden * FEATURE_BYTES
+    return tokens * feature_bytes_per_token(states, int(plan["target"]["hidden_size"]))
 
 
 def _check(name: str, ok: bool, reason: str, remedy: str = "") -> dict[str, Any]:

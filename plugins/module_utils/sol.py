@@ -20,10 +20,10 @@ import re
 from typing import Any
 
 from .errors import SpecDecodeError
+from .model_shape import kv_bytes_per_token
 
 #: what stands in a context where no ceiling is known
 NO_CEILING = "none known for this hardware"
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 def ceiling_for(hardware: str, table: dict[str, Any], own: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]] | None:
@@ -40,20 +40,6 @@ def ceiling_for(hardware: str, table: dict[str, Any], own: dict[str, Any] | None
         if re.search(peaks["match"], hardware):
             return str(key), peaks
     return None
-
-
-def kv_bytes_per_token(config: dict[str, Any], cache_dtype: str, dtype: str) -> float | None:
-    """Bytes that one token of context adds to the target's KV cache; ``None`` where the config does not tell."""
-    text = config.get("text_config") or config
-    layers = text.get("num_hidden_layers")
-    width = BYTES.get((dtype if cache_dtype == "auto" else cache_dtype).removeprefix("torch."))
-    if not layers or not width:
-        return None
-    if text.get("kv_lora_rank"):
-        return float(layers * (text["kv_lora_rank"] + text.get("qk_rope_head_dim", 0)) * width)
-    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    size = text.get("head_dim") or (text["hidden_size"] // text["num_attention_heads"] if heads else 0)
-    return float(2 * layers * heads * size * width) if heads and size else None
 
 
 def traffic(

@@ -15,6 +15,7 @@ import jinja2
 import pytest
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils import experiment, specforge
+from ansible_collections.inference.spec_decode.plugins.module_utils.draft_config import METHODS, draft_config
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent.parent.parent / "templates"
@@ -23,16 +24,23 @@ LAUNCHERS = ["prepare-data", "capture", "train", "convert", "eval"]
 
 
 def plan(path="/models/base", method="eagle3"):
-    draft = {"hidden_size": 8, "vocab_size": 10}
+    config = {
+        "num_hidden_layers": 16, "hidden_size": 8, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16,
+        "vocab_size": 10,
+    }  # fmt: skip
+    drafts = {
+        each: {name: field.value for name, field in draft_config(config, each, mask_token_id=3).items()} for each in METHODS
+    }
     rule = {"value": [1, 7, 12], "source": "config.json", "rule": "[1, L//2-1, L-4]"}
     return {
         "method": method,
-        "target": {"path": path, "sha": "t" * 64, "architecture": "Qwen3ForCausalLM", "parameters": 13000000},
+        "target": {"path": path, "sha": "t" * 64, "architecture": "Qwen3ForCausalLM", "parameters": 13000000, "bytes": 26000000},
         "values": {
             "slug": "base", "aux_layers": [1, 7, 12], "served_layers": [2, 8, 13], "num_speculative_tokens": 3,
             "embedding_key": "model.embed_tokens.weight", "lm_head_key": "lm_head.weight",
         },
-        "draft_configs": {"eagle3": draft, "dflash": draft},
+        "config": config,
+        "draft_configs": drafts,
         "derivation": {"aux_layers": rule, "chat_template": {"value": "qwen", "source": "explicit", "rule": "given"}},
     }  # fmt: skip
 
@@ -45,6 +53,7 @@ def settings(work="/work", **changes):
         "dataset": {
             "sources": [{"path": "/data/a.json"}], "train": 10, "eval": 2, "max_length": 128, "seed": 1, "regenerate": True,
         },
+        "hardware": {"gpu": "", "gpu_memory_gib": "", "num_gpus": "", "tp_size": "", "table": {}},
         "capture_batch_tokens": 512, "train_steps": 100, "training": {"batch_size": 4},
         "serving": {
             "server_arguments": ["--enforce-eager"], "server_environment": {"A": "1"}, "standing_config": {}, "prompts": 2,

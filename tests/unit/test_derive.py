@@ -106,6 +106,9 @@ def value(found, *names):
         ({"num_key_value_heads": None, "attn_config": {"kv_n_heads": 4}}, (32, 4, 128)),
         ({"num_key_value_heads": 5}, (32, 32, 128)),
         ({"head_dim": None, "kv_channels": 64}, (32, 8, 64)),
+        # SpecForge's EAGLE3 draft is a Llama, whose config refuses heads that do not divide the hidden size.
+        ({"num_attention_heads": 80}, (32, 8, 128)),
+        ({"hidden_size": 2880, "num_attention_heads": None}, (20, 4, 128)),
     ],
 )
 def test_attention_that_a_draft_can_have(changes, heads):
@@ -195,6 +198,7 @@ def test_explicit_values_win_and_say_so():
     [
         ("eagle3", {"num_key_value_heads": 5}, "32 attention heads are no multiple of its 5 key-value heads"),
         ("eagle3", {"head_dim": 63}, "head_dim must be even"),
+        ("eagle3", {"num_attention_heads": 24, "head_dim": 128}, "hidden size 4096 is no multiple of the draft's 24 heads"),
         ("eagle3", {"draft_vocab_size": 200000}, "draft's vocabulary of 200000 exceeds the target's 151936"),
         ("eagle3", {"hidden_size": 2048}, "hidden_size of 2048 cannot differ from the target's 4096"),
         ("eagle3", {"num_hidden_layers": 2}, "exactly one layer"),
@@ -259,6 +263,7 @@ def test_any_config_gives_a_sound_draft_or_one_clear_reason(likely, spoilt, meth
         return
     draft = {name: field.value for name, field in found.items()}
     assert draft["num_attention_heads"] % draft["num_key_value_heads"] == 0
+    assert method == "dflash" or draft["hidden_size"] % draft["num_attention_heads"] == 0
     assert draft["head_dim"] % 2 == 0 and 0 < draft["head_dim"] <= 256
     assert 1 <= draft["max_position_embeddings"] <= LONGEST and draft["rope_theta"] > 0
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -19,6 +19,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     evidence,
     gates,
     levers,
+    model_shape,
     plots,
     sol,
     verdict,
@@ -153,8 +154,8 @@ def test_experts_have_no_share_that_could_be_wrong():
 
 def test_latent_attention_caches_its_latent():
     config = {**CONFIG, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    assert sol.kv_bytes_per_token(config, "auto", "torch.bfloat16") == 10 * 576 * 2
-    assert sol.kv_bytes_per_token(config, "fp8", "torch.bfloat16") == 10 * 576
+    assert model_shape.kv_bytes_per_token(config, "auto", "torch.bfloat16") == 10 * 576 * 2
+    assert model_shape.kv_bytes_per_token(config, "fp8", "torch.bfloat16") == 10 * 576
 
 
 @pytest.mark.parametrize(
