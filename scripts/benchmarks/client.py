@@ -35,7 +35,7 @@ TURNS = 4
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FLAGS = [
     "--max-model-len=512", "--max-num-seqs=4", "--max-num-batched-tokens=512", "--dtype=bfloat16",
-    "--no-enable-prefix-caching", "--enforce-eager",
+    "--no-enable-prefix-caching", "--enforce-eager", "--gpu-memory-utilization=0.4",
 ]  # fmt: skip
 ENVIRONMENT = {
     **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
