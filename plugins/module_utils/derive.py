@@ -166,12 +166,14 @@ def _vocabulary(target: Target) -> int:
 def _planned_mask(given: dict[str, Any], path: str, vocabulary: int) -> Derived | None:
     if "mask_token_id" not in given:
         return mask_token(path, vocabulary)
+    return Derived(_whole_number(given, "mask_token_id"), *EXPLICIT)
+
+
+def _whole_number(given: dict[str, Any], name: str) -> int:
     try:
-        return Derived(int(given["mask_token_id"]), *EXPLICIT)
+        return int(given[name])
     except (TypeError, ValueError):
-        raise SpecDecodeError(
-            f"The mask_token_id must be a whole number, but is {given['mask_token_id']!r}.", "Mend mask_token_id."
-        ) from None
+        raise SpecDecodeError(f"{name} must be a whole number, but is {given[name]!r}.", f"Mend {name}.") from None
 
 
 def _planned_layers(given: dict[str, Any], target: Target, method: str, count: int, draft: dict[str, Any]) -> Derived:
@@ -184,10 +186,17 @@ def _planned_layers(given: dict[str, Any], target: Target, method: str, count: i
 
 
 def _planned_k(given: dict[str, Any], method: str, config: dict[str, Derived]) -> Derived:
+    block = config["block_size"].value if method == "dflash" else None
     if "num_speculative_tokens" in given:
-        return Derived(int(given["num_speculative_tokens"]), *EXPLICIT)
-    if method == "dflash":
-        block = config["block_size"].value
+        number = _whole_number(given, "num_speculative_tokens")
+        if number < 1 or (block and number >= block):
+            raise SpecDecodeError(
+                f"{number} speculative tokens cannot be drafted"
+                + (f" in a block of {block}, whose first is the target's own." if block else "."),
+                "Mend num_speculative_tokens" + (", or spec_draft.dflash.block_size." if block else "."),
+            )
+        return Derived(number, *EXPLICIT)
+    if block:
         return Derived(min(DEFAULT_K[method], block - 1), "draft config: block_size", "at most the block size less one")
     return Derived(DEFAULT_K[method], "rule", "the usual draft length of EAGLE3")
 

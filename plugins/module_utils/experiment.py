@@ -14,7 +14,7 @@ from typing import Any
 from .draft_config import METHODS
 from .errors import SpecDecodeError
 from .files import sha256_value
-from .fit import fit
+from .fit import fit, summary
 from .jobs import NAME_PATTERN
 from .specforge import run_config
 
@@ -270,6 +270,7 @@ def parameters_table(experiment: dict[str, Any]) -> list[str]:
     lines = {
         "experiment": experiment["name"],
         "target": f"{target['path']} ({target['architecture']}, {target['parameters'] / 1e6:.1f} M parameters)",
+        "size": summary(experiment["fit"]),
         "method": f"{method}, K = {experiment['num_speculative_tokens']}",
         "aux layers": f"{experiment['aux_layers']} ({experiment['derivation']['aux_layers']['rule']}); vLLM's ids: {served}",
         "chat template": f"{experiment['chat_template']} ({experiment['derivation']['chat_template']['rule']})",

@@ -87,6 +87,17 @@ def fit(
     return found.all
 
 
+def summary(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures that matter most, in a sentence."""
+    values = {name: figure["value"] for name, figure in figures.items()}
+    words = [f"weights {values['weight_bytes'] / 1e9:.1f} GB", f"features about {values['feature_bytes'] / 1e9:.1f} GB"]
+    if values["tp_size"]:
+        words.append(f"tensor-parallel size {values['tp_size']} ({figures['tp_size']['source']})")
+    if values["features_per_hour"]:
+        words.append(f"about {values['features_per_hour']} rows captured an hour")
+    return ", ".join(words)
+
+
 def feature_bytes_per_token(states: int, hidden: int) -> int:
     """Disk for one token's features: the captured states, in bfloat16."""
     return states * hidden * WIDTH

@@ -231,6 +231,19 @@ def test_embedding_of_an_unknown_name(target):
     assert (found["embedding_key"], found["lm_head_key"]) == ("model.tokens", "head")
 
 
+@pytest.mark.parametrize(
+    ("method", "number", "words"),
+    [
+        ("eagle3", "three", "num_speculative_tokens must be a whole number, but is 'three'"),
+        ("eagle3", 0, "0 speculative tokens cannot be drafted. Mend"),
+        ("dflash", 16, "16 speculative tokens cannot be drafted in a block of 16"),
+    ],
+)
+def test_numbers_of_speculative_tokens_that_cannot_be(target, method, number, words):
+    with pytest.raises(SpecDecodeError, match=words):
+        derive.plan(str(target), method, {"num_speculative_tokens": number})
+
+
 def test_unknown_method(target):
     with pytest.raises(SpecDecodeError, match="'medusa' is not known. Choose one of eagle3, dflash"):
         derive.plan(str(target), "medusa")

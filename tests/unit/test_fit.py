@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils import experiment, model_shape
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-from ansible_collections.inference.spec_decode.plugins.module_utils.fit import GIB, fit
+from ansible_collections.inference.spec_decode.plugins.module_utils.fit import GIB, fit, summary
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,6 +124,12 @@ def test_disk_and_speed_of_the_capture():
     dflash = fit(LLAMA_8B, "dflash", layers="1,8,15,22,29")
     assert dflash["feature_bytes_per_token"]["value"] == 5 * 4096 * 2
     assert dflash["features_per_hour"]["value"] is None and dflash["features_per_hour"]["rule"].startswith("not derived")
+
+
+def test_summary_says_what_is_known():
+    known = fit(LLAMA_8B, gpu="H100", num_gpus=1, context=8192, table=TABLE, rows=50000)
+    assert summary(known).startswith("weights 16.1 GB, features about 1677.7 GB, tensor-parallel size 1 (estimate), about ")
+    assert summary(fit(LLAMA_8B)) == "weights 16.1 GB, features about 0.0 GB"
 
 
 def test_every_accelerator_has_its_memory():
