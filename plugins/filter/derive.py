@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
+    awx,
     candidate,
     derive,
     experiment,
@@ -36,6 +37,8 @@ class FilterModule:
             "arm_rows": report.arm_rows,
             "candidate_experiment": candidate.compose,
             "candidate_table": candidate.table,
+            "awx_job_templates": awx.job_templates,
+            "awx_workflow_nodes": awx.workflow_nodes,
             "aux_layers": layers.aux_layers,
             "context_line": report.context_line,
             "dflash_target_layers": layers.dflash_target_layers,
