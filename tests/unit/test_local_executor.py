@@ -23,6 +23,8 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.local_execut
 )
 
 LIMIT_S = 20
+# one of each process: tests that run side by side stop only their own jobs
+EXPERIMENT = f"local-test-{os.getpid()}"
 
 
 def until(condition, what):
@@ -39,10 +41,10 @@ def job(tmp_path):
     def make(text, **fields):
         script = tmp_path / "script.sh"
         script.write_text(text)
-        return jobs.JobSpec("local-test", "work", str(script), str(tmp_path / "jobs"), **fields)
+        return jobs.JobSpec(EXPERIMENT, "work", str(script), str(tmp_path / "jobs"), **fields)
 
     yield make
-    stop_marked("SPEC_DECODE_EXPERIMENT", "local-test", grace_s=0.5)
+    stop_marked("SPEC_DECODE_EXPERIMENT", EXPERIMENT, grace_s=0.5)
 
 
 def state(spec):
@@ -63,7 +65,7 @@ def test_job_runs_with_its_arguments_environment_and_marks(job, tmp_path):
     )
     outcome = jobs.ensure(spec, LocalExecutor(), Policy())
     assert ended(spec).exit_code == 0
-    assert (tmp_path / "out").read_text() == f"a b|$(touch hacked)|it's|x; y|local-test|{outcome.fingerprint}|"
+    assert (tmp_path / "out").read_text() == f"a b|$(touch hacked)|it's|x; y|{EXPERIMENT}|{outcome.fingerprint}|"
     assert not (tmp_path / "hacked").exists()
 
 
@@ -114,7 +116,7 @@ def test_orphan_without_its_launcher_still_counts_as_running(job):
 
 def test_cancel_stops_every_process_and_nobody_elses(job):
     spec = job("trap '' TERM; sleep 60 & (setsid sleep 60) & wait; sleep 60\n")
-    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, "SPEC_DECODE_EXPERIMENT": "local-test-2"})
+    stranger = subprocess.Popen(["sleep", "60"], env={**os.environ, "SPEC_DECODE_EXPERIMENT": f"{EXPERIMENT}-2"})
     try:
         key = jobs.ensure(spec, LocalExecutor(), Policy()).record.last.key
         until(lambda: len(list(marked_processes("SPEC_DECODE_JOB", key))) >= 4, "all processes run")
