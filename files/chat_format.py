@@ -33,22 +33,31 @@ class Rendered:
     loss_mask: torch.Tensor
 
 
+def register_template(template: str, template_file: str) -> ChatTemplate:
+    """The SpecForge template of that name, registered from a user's own file if one is given.
+
+    Without a system prompt of SpecForge's own, a conversation is rendered exactly as it will be served.
+    """
+    if template_file:
+        fields = read_json_object(template_file, "chat template file")
+        TEMPLATE_REGISTRY.register(template, ChatTemplate(**fields), override=True)
+    known = TEMPLATE_REGISTRY.get_all_template_names()
+    if template not in known:
+        raise SpecDecodeError(
+            f"The chat template {template!r} is not registered in the installed SpecForge,"
+            f" which knows: {', '.join(sorted(known))}.",
+            "Choose one of them, or give a JSON file with the template's fields as chat_template_file.",
+        )
+    found = TEMPLATE_REGISTRY.get(template).model_copy(update={"system_prompt": ""})
+    TEMPLATE_REGISTRY.register(template, found, override=True)
+    return found
+
+
 class ChatFormat:
     """A target's tokenizer together with the SpecForge template that finds its assistant turns."""
 
     def __init__(self, target: str, template: str, template_file: str, max_length: int) -> None:
-        if template_file:
-            fields = read_json_object(template_file, "chat template file")
-            TEMPLATE_REGISTRY.register(template, ChatTemplate(**fields), override=True)
-        known = TEMPLATE_REGISTRY.get_all_template_names()
-        if template not in known:
-            raise SpecDecodeError(
-                f"The chat template {template!r} is not registered in the installed SpecForge,"
-                f" which knows: {', '.join(sorted(known))}.",
-                "Choose one of them, or give a JSON file with the template's fields as chat_template_file.",
-            )
-        # Without a system prompt of SpecForge's own, a conversation is rendered exactly as it will be served.
-        self.template = TEMPLATE_REGISTRY.get(template).model_copy(update={"system_prompt": ""})
+        self.template = register_template(template, template_file)
         self.tokenizer = AutoTokenizer.from_pretrained(target)
         self.max_length = max_length
         self._parser = PARSERS[self.template.parser_type](self.tokenizer, self.template)

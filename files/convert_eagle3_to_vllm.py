@@ -11,7 +11,9 @@ both of vLLM's model runners read alike.
 
 from __future__ import annotations
 
-from draft_conversion import Converted, Draft, arguments, attention_and_mlp, check_tensors, convert
+from typing import Any
+
+from draft_conversion import Converted, Draft, Shape, arguments, attention_and_mlp, check_tensors, convert
 from spec_decode.layers import served_aux_layers
 from spec_decode.program import run
 
@@ -22,12 +24,21 @@ DROPPED_KEYS = ("eagle_config", "auto_map", "norm_output")
 def eagle3(draft: Draft, layers: list[int]) -> Converted:
     config = {key: value for key, value in draft.config.items() if key not in DROPPED_KEYS}
     config["eagle_aux_hidden_state_layer_ids"] = served = served_aux_layers(layers, "eagle3")
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    smaller = config.setdefault("draft_vocab_size", vocabulary)
+    vocabulary = config["vocab_size"]
     tensors = {name: tensor for name, tensor in draft.tensors.items() if name != "t2d"}
-    if smaller == vocabulary:
+    if config.setdefault("draft_vocab_size", vocabulary) == vocabulary:
         tensors.pop("d2t", None)  # vLLM has no such parameter then and refuses the file
-    expected = {
+    problems = check_tensors(tensors, expected_tensors(config, layers), {})
+    if "d2t" in tensors and not problems:
+        problems += mapping_problems(tensors["d2t"].tolist(), vocabulary)
+    return Converted(Draft(config, tensors), layers, served, problems)
+
+
+def expected_tensors(config: dict[str, Any], layers: list[int]) -> dict[str, Shape]:
+    """Every tensor of an EAGLE3 draft, by the names of SpecForge's export, which vLLM maps to its own."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    smaller = config.get("draft_vocab_size", vocabulary)
+    expected: dict[str, Shape] = {
         "fc.weight": (hidden, len(layers) * config.get("target_hidden_size", hidden)),
         "embed_tokens.weight": (vocabulary, hidden),
         "lm_head.weight": (smaller, hidden),
@@ -37,10 +48,7 @@ def eagle3(draft: Draft, layers: list[int]) -> Converted:
     }
     if smaller != vocabulary:
         expected["d2t"] = (smaller,)
-    problems = check_tensors(tensors, expected, {})
-    if "d2t" in tensors and not problems:
-        problems += mapping_problems(tensors["d2t"].tolist(), vocabulary)
-    return Converted(Draft(config, tensors), layers, served, problems)
+    return expected
 
 
 def mapping_problems(offsets: list[int], vocabulary: int) -> list[str]:

@@ -20,7 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from spec_decode.checkpoint import read_target
+from spec_decode.checkpoints import is_of_scripts
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import read_json_object, sha256_files, tail, write_json
 from spec_decode.program import PhaseResult
@@ -108,7 +111,12 @@ def convert(options: argparse.Namespace, method: str, converter: Converter) -> N
 
 
 def export(options: argparse.Namespace, checkpoint: str, method: str, folder: str) -> Draft:
-    """SpecForge's export of a checkpoint to the Hugging Face layout."""
+    """A checkpoint in the Hugging Face layout: SpecForge's export, or what its scripts wrote in that layout at once."""
+    if is_of_scripts(checkpoint):
+        tensors = load_file(os.path.join(checkpoint, "model.safetensors"))
+        # The scripts leave the frozen embeddings out; the draft's are the target's.
+        tensors["embed_tokens.weight"] = target_tensor(options.target_model_path, options.embedding_key)
+        return Draft(read_json_object(os.path.join(checkpoint, "config.json"), "draft config"), tensors)
     command = [
         sys.executable, "-m", "specforge.cli", "export", "--to", "hf", "--checkpoint", checkpoint,
         "--draft-config", options.draft_config, "--output-dir", folder,
@@ -129,6 +137,15 @@ def export(options: argparse.Namespace, checkpoint: str, method: str, folder: st
         read_json_object(os.path.join(folder, "config.json"), "exported draft config"),
         load_file(os.path.join(folder, "model.safetensors")),
     )
+
+
+def target_tensor(path: str, name: str) -> torch.Tensor:
+    """One of the target's tensors."""
+    file = read_target(path).weight_map.get(name)
+    if file is None:
+        raise SpecDecodeError(f"The target {path} has no tensor {name}.", "Set embedding_key to the name of its embeddings.")
+    with safe_open(os.path.join(path, file), framework="pt") as tensors:
+        return tensors.get_tensor(name)
 
 
 def vocabulary_mapping(checkpoint: str, draft_config: str) -> str:

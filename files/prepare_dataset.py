@@ -60,6 +60,8 @@ class Selection:
             random.Random(f"{config['seed']}-{number}").shuffle(rows)
             wanted = {part: sum(shares[part][: number + 1]) for part in ("train", "eval")}
             for row in self._usable(rows, source["path"]):
+                if len(train) >= wanted["train"] and len(held_out) >= wanted["eval"]:
+                    break
                 prompt = conversations.prompt_key(row)
                 if len(held_out) < wanted["eval"]:
                     # Rows passed over here repeat a prompt that is held out already, or one of training.
@@ -69,8 +71,6 @@ class Selection:
                 elif prompt not in prompts["eval"]:
                     prompts["train"].add(prompt)
                     train.append(row)
-                if len(train) >= wanted["train"] and len(held_out) >= wanted["eval"]:
-                    break
             self._check_share(source["path"], len(rows), number, shares, train, held_out)
         random.Random(config["seed"]).shuffle(train)
         return train, held_out

@@ -4,7 +4,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Train a draft with SpecForge from captured features, from the newest complete checkpoint on.
 
-Metrics of every logged step stand in ``metrics.jsonl`` beside the checkpoints while it runs.
+Metrics of every logged step stand in ``metrics.jsonl`` beside the checkpoints while it runs. On several nodes this
+program runs once on each: all start the trainer, the first alone prepares and writes results.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,17 +28,17 @@ import yaml
 from spec_decode import checkpoints, features
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import sha256_value, write_json, write_text
+from spec_decode.nodes import Nodes
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
 from spec_decode.target_view import sharded_view
+from spec_decode.training_log import CliLog, ScriptsLog, TrainingLog
 from spec_decode.waiting import clock
-
-STEP = re.compile(r"^step (\d+): (\{.*\})\s*$")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="SpecForge run configuration (YAML)")
+    parser.add_argument("--config", required=True, help="SpecForge's run configuration, or script and arguments")
     parser.add_argument("--target-model-path", required=True)
     parser.add_argument("--aux-layers", required=True)
     parser.add_argument("--features", required=True)
@@ -55,8 +56,7 @@ class Metrics:
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.steps))
 
     def add(self, step: int, values: dict[str, float]) -> dict[str, Any]:
-        row = {"step": step, **{key.removeprefix("train/"): value for key, value in values.items()}}
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        row = {key: value if math.isfinite(value) else None for key, value in {"step": step, **values}.items()}
         self.steps.append(row)
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
@@ -80,16 +80,62 @@ def headline(row: dict[str, Any]) -> str:
     return " · ".join(parts[:1] + parts[-1:])
 
 
-def training_command(config: str, overrides: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Command and additional environment of the trainer, on whatever this machine has."""
-    arguments_ = ["train", "--config", config, *[f"{key}={value}" for key, value in overrides.items()]]
-    if torch.cuda.is_available():
-        return [sys.executable, "-m", "specforge.cli", *arguments_], {}
-    launcher = os.path.join(os.path.dirname(os.path.abspath(__file__)), "specforge_cpu.py")
-    return [sys.executable, launcher, *arguments_], {"TORCHDYNAMO_DISABLE": "1"}
+class CliTrainer:
+    """``specforge train`` with a typed run configuration."""
+
+    def __init__(self, path: str, config: dict[str, Any], places: dict[str, str], nodes: Nodes) -> None:
+        self._path, self._places, self._nodes = path, places, nodes
+
+    def command(self, resume_from: str | None) -> tuple[list[str], dict[str, str]]:
+        overrides = {
+            "model.target_model_path": self._places["target"],
+            "data.hidden_states_path": self._places["features"],
+            "data.cache_dir": self._places["cache"],
+            "output_dir": self._places["output"],
+            **({"training.resume_from": resume_from} if resume_from else {}),
+        }
+        arguments_ = ["train", "--config", self._path]
+        if self._nodes.count > 1:
+            overrides["deployment.trainer.master_addr"] = self._nodes.address
+            overrides["deployment.trainer.master_port"] = str(self._nodes.port)
+            arguments_ += ["--node-rank", str(self._nodes.rank)]
+        arguments_ += [f"{key}={value}" for key, value in overrides.items()]
+        if torch.cuda.is_available():
+            return [sys.executable, "-m", "specforge.cli", *arguments_], {}
+        launcher = os.path.join(os.path.dirname(os.path.abspath(__file__)), "specforge_cpu.py")
+        return [sys.executable, launcher, *arguments_], {"TORCHDYNAMO_DISABLE": "1"}
+
+    def log(self) -> TrainingLog:
+        return CliLog()
 
 
-def train(command: list[str], environment: dict[str, str], metrics: Metrics, total: int, first: int) -> None:
+class ScriptsTrainer:
+    """``scripts/train_eagle3.py``, which resumes by itself from the highest checkpoint: only whole ones may be there."""
+
+    def __init__(self, path: str, config: dict[str, Any], places: dict[str, str], nodes: Nodes) -> None:
+        self._config, self._places, self._nodes = config, places, nodes
+        if not os.path.isfile(config["script"]):
+            raise SpecDecodeError(
+                f"SpecForge's script {config['script']} does not exist here.",
+                "Set spec_specforge_source to a checkout of SpecForge that this node sees.",
+            )
+
+    def command(self, resume_from: str | None) -> tuple[list[str], dict[str, str]]:
+        filled = {f"{{{name}}}": path for name, path in self._places.items()}
+        arguments_ = [filled.get(argument, argument) for argument in self._config["arguments"]]
+        processes = int(self._config["deployment"]["trainer"]["nproc_per_node"])
+        return [*self._nodes.torchrun(sys.executable, processes), self._config["script"], *arguments_], {}
+
+    def log(self) -> TrainingLog:
+        return ScriptsLog(int(self._config["training"]["ttt_length"]))
+
+
+TRAINERS: dict[str, Callable[..., CliTrainer | ScriptsTrainer]] = {"cli": CliTrainer, "scripts": ScriptsTrainer}
+
+
+def train(
+    command: list[str], environment: dict[str, str], log: TrainingLog, metrics: Metrics | None, total: int, first: int
+) -> None:
     """Run the trainer to its end, following its steps; its output passes through to this program's."""
     progress = Progress()
     started, seen = time.monotonic(), first
@@ -105,12 +151,12 @@ def train(command: list[str], environment: dict[str, str], metrics: Metrics, tot
         signal.signal(number, lambda received, _frame: process.send_signal(received))
     assert process.stdout is not None
     for line in process.stdout:
-        match = STEP.match(line)
-        if not match:
+        found = log.feed(line)
+        if not found or metrics is None:
             print(line, end="", flush=True)
             continue
-        seen = int(match[1])
-        row = metrics.add(seen, parse_metrics(match[2]))
+        seen = found[0]
+        row = metrics.add(*found)
         left = (time.monotonic() - started) / max(1, seen - first) * (total - seen)
         progress.update(f"step {seen}/{total} · {headline(row)} · {clock(left)} left", seen, total)
     code = process.wait()
@@ -120,19 +166,10 @@ def train(command: list[str], environment: dict[str, str], metrics: Metrics, tot
         sys.exit(128 - code if code < 0 else 1)
 
 
-def parse_metrics(text: str) -> dict[str, float]:
-    """The dictionary that SpecForge prints, lists of values by position taken apart."""
-    document = re.sub(r"\binf\b", "Infinity", re.sub(r"\bnan\b", "NaN", text.replace("'", '"')))
-    values: dict[str, float] = {}
-    for key, value in json.loads(document).items():
-        for suffix, number in [("", value)] if isinstance(value, float) else [(f"_{i}", v) for i, v in enumerate(value)]:
-            values[f"{key}{suffix}"] = number
-    return values
-
-
 def main() -> None:
     options = arguments()
     result = PhaseResult("train", options.result)
+    nodes = Nodes.from_environment(os.environ)
     with open(options.config, encoding="utf-8") as stream:
         config = yaml.safe_load(stream)
     manifest = features.check_sealed(options.features)
@@ -146,26 +183,28 @@ def main() -> None:
     identity = sha256_value([config, manifest])[:12]
     output = os.path.join(options.output, identity)
     os.makedirs(output, exist_ok=True)
-    target = sharded_view(options.target_model_path, os.path.join(options.output, "target"))
-    overrides = {
-        "model.target_model_path": target,
-        "data.hidden_states_path": os.path.abspath(options.features),
-        "data.cache_dir": os.path.join(output, "cache"),
-        "output_dir": output,
+    places = {
+        "target": sharded_view(options.target_model_path, os.path.join(options.output, "target")),
+        "features": os.path.abspath(options.features),
+        "cache": os.path.join(output, "cache"),
+        "output": output,
     }
+    trainer = TRAINERS[config.get("interface", "cli")](options.config, config, places, nodes)
     newest, refused = checkpoints.newest_complete(output, config["run_id"])
-    for path, reason in refused:
-        print(f"not resumed from {path}: {reason}", flush=True)
-        shutil.rmtree(path)
+    if nodes.first:
+        for path, reason in refused:
+            print(f"not resumed from {path}: {reason}", flush=True)
+            shutil.rmtree(path)
     first = checkpoints.step_of(newest) if newest else 0
     if newest:
-        overrides["training.resume_from"] = newest
         print(f"resuming from {newest}", flush=True)
     total = int(config["training"]["max_steps"])
-    metrics = Metrics(os.path.join(output, "metrics.jsonl"), first)
+    metrics = Metrics(os.path.join(output, "metrics.jsonl"), first) if nodes.first else None
     if first < total:
-        command, environment = training_command(options.config, overrides)
-        train(command, environment, metrics, total, first)
+        command, environment = trainer.command(newest)
+        train(command, environment, trainer.log(), metrics, total, first)
+    if metrics is None:
+        return  # the first node writes the results
     newest, _refused = checkpoints.newest_complete(output, config["run_id"])
     if newest is None or not metrics.steps:
         raise SpecDecodeError(

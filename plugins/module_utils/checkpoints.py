@@ -3,18 +3,23 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """SpecForge's training checkpoints: which are complete. Private to the collection.
 
-Layout (SpecForge's ``training/checkpoint.py``): ``<run_id>-step<N>/training_state.pt`` with the shared
-state and ``training_state_rank<r>.pt`` for each rank, all of them zip archives that ``torch.save`` wrote.
+Layout of the CLI generation: ``<run_id>-step<N>/training_state.pt`` with the shared state and
+``training_state_rank<r>.pt`` for each rank, all of them zip archives that ``torch.save`` wrote. Layout of the scripts:
+``epoch_<E>_step_<N>/`` with ``training_state.pt``, written first, then ``config.json`` and ``model.safetensors``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import struct
 import zipfile
 
 STATE = "training_state.pt"
-_STEP = re.compile(r"-step(\d+)$")
+WEIGHTS = "model.safetensors"
+_STEP = re.compile(r"(?:-step|_step_)(\d+)$")
+_OF_SCRIPTS = re.compile(r"^epoch_\d+_step_\d+$")
 
 
 def step_of(path: str) -> int:
@@ -28,7 +33,9 @@ def newest_complete(output: str, run_id: str) -> tuple[str | None, list[tuple[st
     found = [
         os.path.join(output, name)
         for name in os.listdir(output)
-        if name.startswith(f"{run_id}-step") and _STEP.search(name) and os.path.isdir(os.path.join(output, name))
+        if (name.startswith(f"{run_id}-step") or is_of_scripts(name))
+        and _STEP.search(name)
+        and os.path.isdir(os.path.join(output, name))
     ]
     newest: str | None = None
     refused: list[tuple[str, str]] = []
@@ -41,8 +48,15 @@ def newest_complete(output: str, run_id: str) -> tuple[str | None, list[tuple[st
     return newest, refused
 
 
+def is_of_scripts(path: str) -> bool:
+    """Whether a checkpoint was written by the scripts generation."""
+    return bool(_OF_SCRIPTS.match(os.path.basename(path)))
+
+
 def incompleteness(path: str) -> str:
     """Why a checkpoint cannot be resumed from; empty if it can."""
+    if is_of_scripts(path):
+        return _incomplete_of_scripts(path)
     ranks = sorted(name for name in os.listdir(path) if re.fullmatch(r"training_state_rank\d+\.pt", name))
     if not ranks:
         return "it holds no state of any rank"
@@ -57,3 +71,28 @@ def incompleteness(path: str) -> str:
         if not zipfile.is_zipfile(file):
             return f"{name} is truncated"
     return ""
+
+
+def _incomplete_of_scripts(path: str) -> str:
+    for name in (STATE, "config.json", WEIGHTS):
+        if not os.path.isfile(os.path.join(path, name)):
+            return f"{name} is missing"
+    if not zipfile.is_zipfile(os.path.join(path, STATE)):
+        return f"{STATE} is truncated"
+    return "" if _whole_safetensors(os.path.join(path, WEIGHTS)) else f"{WEIGHTS} is truncated"
+
+
+def _whole_safetensors(path: str) -> bool:
+    """Whether a file is as long as its header says."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length + 8 > size:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)

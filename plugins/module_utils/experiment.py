@@ -16,7 +16,16 @@ from .errors import SpecDecodeError
 from .files import sha256_value
 from .fit import fit, summary
 from .jobs import NAME_PATTERN
-from .specforge import run_config
+from .launchers import SCRIPTS, launchers
+from .specforge import (
+    BACKENDS,
+    by_hand,
+    capture_arguments,
+    chosen_interface,
+    run_config,
+    script_config,
+    script_path,
+)
 
 #: names of shell variables that a site may add to its jobs
 VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -61,12 +70,18 @@ def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "job": settings["job"],
         "dataset": settings["dataset"],
         "training": {"steps": settings["train_steps"], **settings["training"]},
+        "capture": {
+            "batch_tokens": settings["capture_batch_tokens"],
+            "tensor_parallel": settings["capture_tensor_parallel"],
+        },
+        "trainer": _trainer(settings),
         "serving": settings["serving"],
     }
     experiment["fit"] = _fit(experiment, plan, settings["hardware"])
+    experiment["launch"] = launchers(settings["slurm"], settings["slurm_phases"], name)
     experiment["recipe"] = _recipe(experiment, plan, settings)
     experiment["jobs"] = _jobs(experiment)
-    experiment["documents"] = _documents(experiment, plan)
+    experiment["documents"] = _documents(experiment, plan, settings)
     experiment["derivation"] = plan["derivation"]
     return experiment
 
@@ -92,6 +107,21 @@ def _context(arguments: list[str]) -> int:
     """The server's longest context as its flags give it, 0 if they do not."""
     found = re.search(r"--max-model-len[= ](\d+)", " ".join(map(str, arguments)))
     return int(found.group(1)) if found else 0
+
+
+def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
+    """Which SpecForge trains, what captures, and whether an untrained draft is loaded first."""
+    backend = settings["capture_backend"]
+    if backend not in BACKENDS:
+        raise SpecDecodeError(
+            f"The capture backend {backend!r} is not known.", f"Set spec_capture_backend to one of {', '.join(BACKENDS)}."
+        )
+    return {
+        "interface": chosen_interface(settings["trainer_interface"], settings["engine"].get("specforge_interface", "")),
+        "source": settings["specforge_source"],
+        "capture_backend": backend,
+        "untrained_check": settings["untrained_check"],
+    }
 
 
 def _check_serving(serving: dict[str, Any]) -> None:
@@ -158,10 +188,11 @@ def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str
         "CHAT_TEMPLATE_FILE": experiment["chat_template_file"],
         "DRAFT_CONFIG": f"configs/{slug}-{method}.json",
         "DATASET_CONFIG": "configs/dataset.json",
-        "TRAIN_CONFIG": f"configs/{slug}-train.yaml",
+        "TRAIN_CONFIG": f"configs/{slug}-train.{'yaml' if experiment['trainer']['interface'] == 'cli' else 'json'}",
+        "CAPTURE_COMMAND": "configs/capture-command.json",
         "ARMS_PLAN": "configs/arms.json",
         "MAX_LENGTH": str(experiment["dataset"]["max_length"]),
-        "CAPTURE_BATCH_TOKENS": str(settings["capture_batch_tokens"]),
+        "CAPTURE_BATCH_TOKENS": str(experiment["capture"]["batch_tokens"]),
         "EMBEDDING_KEY": plan["values"]["embedding_key"],
         "DRAFTS_DIR": experiment["drafts_dir"],
         "LOAD_CHECK": json.dumps(_load_check(experiment)),
@@ -185,14 +216,12 @@ def _speculative(experiment: dict[str, Any], model: str | None) -> dict[str, Any
 def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each phase's job: its script, the variables and the files that its work depends on, and its result."""
     bundle, recipe = experiment["bundle"], experiment["recipe"]
-    table: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "dataset": (
-            "prepare-data",
             ("TARGET_MODEL_PATH", "TARGET_SHA", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE"),
             ("configs/dataset.json",),
         ),
         "capture": (
-            "capture",
             (
                 "TARGET_MODEL_PATH",
                 "TARGET_SHA",
@@ -202,64 +231,136 @@ def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 "CHAT_TEMPLATE_FILE",
                 "MAX_LENGTH",
             ),
-            ("data/manifest.json",),
+            (
+                "data/manifest.json",
+                *([recipe["CAPTURE_COMMAND"]] if experiment["trainer"]["capture_backend"] == "sglang" else []),
+            ),
         ),
         "train": (
-            "train",
             ("TARGET_MODEL_PATH", "TARGET_SHA", "AUX_LAYERS"),
             (recipe["TRAIN_CONFIG"], recipe["DRAFT_CONFIG"], "features/manifest.json"),
         ),
+        "untrained": (
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "AUX_LAYERS", "LOAD_CHECK"),
+            (recipe["DRAFT_CONFIG"],),
+        ),
         "convert": (
-            "convert",
             ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "AUX_LAYERS", "EMBEDDING_KEY", "DRAFTS_DIR", "LOAD_CHECK"),
             (recipe["DRAFT_CONFIG"], "train/manifest.json"),
         ),
-        "validate": ("eval", ("TARGET_SHA",), (recipe["ARMS_PLAN"], "data/manifest.json", "results/draft.json")),
+        "validate": (("TARGET_SHA",), (recipe["ARMS_PLAN"], "data/manifest.json", "results/draft.json")),
     }
     results = {"validate": "acceptance"}
     return {
         phase: {
-            "script": f"{bundle}/slurm/{script}.sbatch",
+            "script": f"{bundle}/slurm/{SCRIPTS[phase]}.sbatch",
             "environment": {name: recipe[name] for name in names},
             "inputs": [f"{bundle}/{path}" for path in inputs]
             + ([str(source["path"]) for source in experiment["dataset"]["sources"]] if phase == "dataset" else []),
             "result": f"{bundle}/results/{results.get(phase, phase)}.json",
         }
-        for phase, (script, names, inputs) in table.items()
+        for phase, (names, inputs) in table.items()
     }
 
 
-def _documents(experiment: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+def _documents(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The bundle's files that are data: path below the bundle → content."""
     import yaml
 
-    slug, bundle = experiment["slug"], experiment["bundle"]
-    training = {key: value for key, value in experiment["training"].items() if key != "steps"}
-    train = run_config(
-        plan,
-        run_id=experiment["name"],
-        draft_config=f"{bundle}/configs/{slug}-{experiment['method']}.json",
-        features=f"{bundle}/features",
-        output=f"{bundle}/train",
-        chat_template=experiment["chat_template"],
-        max_length=experiment["dataset"]["max_length"],
-        max_steps=experiment["training"]["steps"],
-        training=training,
-    )
-    seed = experiment["dataset"]["seed"]
-    arms = arms_plan(experiment, f"{bundle}/data/eval.jsonl", seed, _speculative(experiment, "{draft}"))
+    slug, bundle, seed = experiment["slug"], experiment["bundle"], experiment["dataset"]["seed"]
+    prompts = f"{bundle}/data/{'train' if settings['one_sample'] else 'eval'}.jsonl"
+    arms = arms_plan(experiment, prompts, seed, _speculative(experiment, "{draft}"))
+    if settings["one_sample"]:
+        # It is served to see whether it is accepted, not how fast: nothing stands beside the draft.
+        arms["arms"] = [arm for arm in arms["arms"] if arm["name"] == "trained"]
     documents: dict[str, Any] = {
         f"configs/{slug}-{each}.json": plan["draft_configs"][each] for each in METHODS if each in plan["draft_configs"]
     }
     documents["configs/dataset.json"] = experiment["dataset"]
-    # By way of JSON: inside Ansible these are its own kinds of list and text, which YAML's serializer refuses.
-    documents[f"configs/{slug}-train.yaml"] = yaml.safe_dump(json.loads(json.dumps(train)), sort_keys=False)
+    train = _training(experiment, plan)
+    documents["configs/specforge.json"] = by_hand(
+        experiment["trainer"]["interface"],
+        experiment["trainer"]["source"],
+        _capture_arguments(experiment, plan),
+        f"{bundle}/{experiment['recipe']['TRAIN_CONFIG']}",
+        output=f"{bundle}/data/specforge",
+        sample_size=experiment["dataset"]["train"],
+        script=train if experiment["trainer"]["interface"] == "scripts" else None,
+    )
+    if experiment["trainer"]["interface"] == "cli":
+        # By way of JSON: inside Ansible these are its own kinds of list and text, which YAML's serializer refuses.
+        train = yaml.safe_dump(json.loads(json.dumps(train)), sort_keys=False)
+    documents[experiment["recipe"]["TRAIN_CONFIG"]] = train
+    if experiment["trainer"]["capture_backend"] == "sglang":
+        documents[experiment["recipe"]["CAPTURE_COMMAND"]] = _capture(experiment, plan)
     documents["configs/arms.json"] = arms
-    stated = {key: value for key, value in experiment.items() if key not in ("recipe", "jobs", "documents")}
+    stated = {key: value for key, value in experiment.items() if key not in ("recipe", "launch", "jobs", "documents")}
     documents["experiment.json"] = {
         **stated, "derivation": plan["derivation"], "parameters_sha256": sha256_value(stated),
     }  # fmt: skip
     return documents
+
+
+def _training(experiment: dict[str, Any], plan: dict[str, Any]) -> Any:
+    """The trainer's configuration, in the form that its generation takes."""
+    bundle, launch, trainer = experiment["bundle"], experiment["launch"]["train"], experiment["trainer"]
+    shared = {
+        "run_id": experiment["name"],
+        "draft_config": f"{bundle}/{experiment['recipe']['DRAFT_CONFIG']}",
+        "chat_template": experiment["chat_template"],
+        "max_length": experiment["dataset"]["max_length"],
+        "max_steps": experiment["training"]["steps"],
+        "training": {key: value for key, value in experiment["training"].items() if key != "steps"},
+        "trainer": {"nnodes": launch["nodes"], "nproc_per_node": max(1, launch["gpus"])},
+    }
+    if trainer["interface"] == "scripts":
+        return script_config(plan, source=trainer["source"], data=f"{bundle}/data/train.jsonl", **shared)
+    return run_config(plan, features=f"{bundle}/features", output=f"{bundle}/train", **shared)
+
+
+def _capture(experiment: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """SpecForge's own capture, through SGLang, over the GPUs that the phase is given."""
+    launch, trainer = experiment["launch"]["capture"], experiment["trainer"]
+    tensor_parallel = _tensor_parallel(experiment)
+    processes = max(1, launch["gpus"]) * launch["nodes"]
+    if processes % tensor_parallel:
+        raise SpecDecodeError(
+            f"{tensor_parallel} do not divide the {processes} processes of the capture into groups of tensor parallelism.",
+            "Mend spec_capture_tensor_parallel, or gpus and nodes in spec_slurm_phases.capture.",
+        )
+    rows = int(experiment["dataset"]["train"])
+    if rows % (processes // tensor_parallel):
+        raise SpecDecodeError(
+            f"{rows} rows do not divide among {processes // tensor_parallel} groups of processes: SpecForge's capture would write"
+            " some of them twice, in the place of others.",
+            f"Make spec_train_rows a multiple of {processes // tensor_parallel}.",
+        )
+    return {
+        "script": script_path(trainer["source"], "prepare_hidden_states.py"),
+        "arguments": _capture_arguments(experiment, plan),
+        "processes_per_node": max(1, launch["gpus"]),
+        "nodes": launch["nodes"],
+    }
+
+
+def _capture_arguments(experiment: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    bundle, longest = experiment["bundle"], experiment["dataset"]["max_length"]
+    return capture_arguments(
+        experiment["trainer"]["interface"],
+        plan,
+        draft_config=f"{bundle}/{experiment['recipe']['DRAFT_CONFIG']}",
+        data=f"{bundle}/data/train.jsonl",
+        output=f"{bundle}/features",
+        cache=f"{bundle}/cache",
+        chat_template=experiment["chat_template"],
+        max_length=longest,
+        batch_size=max(1, experiment["capture"]["batch_tokens"] // longest),
+        tensor_parallel=_tensor_parallel(experiment),
+    )
+
+
+def _tensor_parallel(experiment: dict[str, Any]) -> int:
+    return int(experiment["capture"]["tensor_parallel"] or max(1, experiment["launch"]["capture"]["gpus"]))
 
 
 def parameters_table(experiment: dict[str, Any]) -> list[str]:
@@ -276,7 +377,8 @@ def parameters_table(experiment: dict[str, Any]) -> list[str]:
         "chat template": f"{experiment['chat_template']} ({experiment['derivation']['chat_template']['rule']})",
         "data": f"{experiment['dataset']['train']} rows to train, {experiment['dataset']['eval']} held out"
         + (", in the target's own words" if experiment["dataset"]["regenerate"] else ""),
-        "training": f"{experiment['training']['steps']} steps",
+        "training": f"{experiment['training']['steps']} steps, SpecForge's {experiment['trainer']['interface']} interface,"
+        f" features through {experiment['trainer']['capture_backend']}",
         "measured": f"{experiment['serving']['trials']} trials an arm, {experiment['serving']['prompts']} prompts,"
         f" concurrency {', '.join(map(str, experiment['serving']['concurrencies']))}"
         + (f", also K = {', '.join(map(str, experiment['serving']['sweep_k']))}" if experiment["serving"]["sweep_k"] else ""),

@@ -69,9 +69,13 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
         write_text(marker, self._identity + "\n")
         entries = {index: entry for index, entry in self._read_index().items() if self._is_whole(index, entry)}
+        self.replace(entries)
+        return entries
+
+    def replace(self, entries: dict[int, Entry]) -> None:
+        """List these entries and no others."""
         lines = [json.dumps([index, entry.tokens, entry.bytes, entry.finite]) for index, entry in sorted(entries.items())]
         write_text(self._index, "".join(f"{line}\n" for line in lines))
-        return entries
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[_Index]:

@@ -116,7 +116,10 @@ def capture(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     head = probe["lm_head_argmax_agreement"]
     if head is not None and head < float(thresholds.get("min_head_agreement", 0.999)):
         reasons.append(f"the LM head on the captured last state names the target's next token in {head:.1%} of positions")
-    if probe["aux_max_abs_diff"] > tolerance:
+    named = probe.get("next_token_agreement")
+    if named is not None and named < float(thresholds.get("min_next_token_agreement", 0.2)):
+        reasons.append(f"the LM head on the captured last state names the text's next token in only {named:.1%} of positions")
+    if probe["aux_max_abs_diff"] is not None and probe["aux_max_abs_diff"] > tolerance:
         reasons.append(f"captured aux states differ from the target's own by {probe['aux_max_abs_diff']:.3f}, relative")
     return GateResult(
         not reasons,
@@ -197,6 +200,35 @@ def artifact(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     )
 
 
+def overfit(evidence: Evidence, thresholds: Thresholds) -> GateResult:
+    """A draft that learned its one sample by heart has it accepted nearly in full; which half fails names the fault."""
+    last = evidence["train"]["last"]
+    accuracies = last.get("accs") or [last["acc"]]
+    engines = [trial["engine"] for trial in evidence["acceptance"]["trials"] if trial["arm"] == "trained" and not trial["void"]]
+    drafted = sum(engine["draft_tokens"] for engine in engines)
+    share = sum(engine["accepted_tokens"] for engine in engines) / drafted if drafted else 0.0
+    learned = min(accuracies) >= float(thresholds.get("min_accuracy", 0.95))
+    accepted = share >= float(thresholds.get("min_accepted_share", 0.85))
+    if learned:
+        cause = "the draft is served otherwise than it was trained: layers, chat template, vocabulary mapping or conversion."
+        remedy = "Compare layers_captured and layers_served in results/convert.json, and the prompt with the training row."
+        reasons = [
+            f"the draft knows its one sample (accuracy {min(accuracies):.2f}), but the server accepts only {share:.0%} of it"
+        ]
+    else:
+        cause = "the training itself: too few steps, a wrong learning rate, or features that are not the target's."
+        remedy = "Raise spec_overfit_steps or the learning rate in spec_overfit_training; look at train's metrics."
+        reasons = [f"the draft did not learn its one sample: accuracy {min(accuracies):.2f}, and the server accepts {share:.0%}"]
+    words = f"accuracy {min(accuracies):.2f} in training on one sample, {share:.0%} of the drafted tokens accepted in serving it"
+    return GateResult(
+        learned and accepted,
+        {"accuracies": accuracies, "accepted_share": share, "drafted_tokens": drafted, "words": words},
+        [] if learned and accepted else reasons,
+        cause,
+        remedy,
+    )
+
+
 def acceptance(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     """A verdict was reached from whole evidence. Its decision, ship or not, is a figure, not the gate's colour."""
     names = ("convert", "train", "dataset", "draft_config", "ceilings", "target_config", "profile")
@@ -235,6 +267,7 @@ GATES: dict[str, Callable[[Evidence, Thresholds], GateResult]] = {
     "capture": capture,
     "training": training,
     "artifact": artifact,
+    "overfit": overfit,
     "acceptance": acceptance,
     "promotion": promotion,
 }

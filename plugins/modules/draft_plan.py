@@ -68,6 +68,44 @@ options:
     description: Temperature of the evaluation.
     type: float
     default: 0.0
+  trainer_interface:
+    description: SpecForge's interface. V(auto) takes that of the installed one.
+    type: str
+    choices: [auto, cli, scripts]
+    default: auto
+  capture_backend:
+    description: What captures the features.
+    type: str
+    choices: [transformers, sglang]
+    default: transformers
+  specforge_source:
+    description: Checkout of SpecForge that holds its scripts.
+    type: str
+    default: ""
+  executor:
+    description: Where jobs run. With V(slurm) the cluster's nodes and the work folder's file system are checked too.
+    type: str
+    default: local
+  slurm:
+    description: Settings of every phase's launcher, of which C(partition) and C(nodes) are looked at.
+    type: dict
+    default: {}
+  slurm_phases:
+    description: Settings of single phases that differ.
+    type: dict
+    default: {}
+  confirm_target_architecture:
+    description: Whether you have seen the serving image load an EAGLE3 draft for this target, whatever vLLM declares.
+    type: bool
+    default: false
+  confirm_shared_work_dir:
+    description: Whether you know that all nodes mount the work folder, whatever its file system looks like.
+    type: bool
+    default: false
+  confirmed_versions:
+    description: Versions outside the known-good ranges that you have tried, by package.
+    type: dict
+    default: {}
 attributes:
   check_mode:
     description: Reads only.
@@ -102,7 +140,14 @@ checks:
   returned: always
   type: list
   elements: dict
+table:
+  description: The checks as lines of a terminal of 80 columns.
+  returned: always
+  type: list
+  elements: str
 """
+
+import dataclasses
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.inference.spec_decode.plugins.module_utils import chat_templates, derive, preflight
@@ -115,21 +160,12 @@ def run(params: dict) -> dict:
     if not params["target"]:
         raise SpecDecodeError("No target is given.", "Give the folder of a Hugging Face checkpoint with -e target=.")
     plan = derive.plan(params["target"], params["method"], params["overrides"])
-    engine = engine_facts(params["engine_python"])
+    engine = engine_facts(params["engine_python"], params["target"])
     template = chat_templates.planned(plan, params["chat_template"], params["chat_template_file"], engine["templates"])
     plan["values"]["chat_template"], plan["derivation"]["chat_template"] = template["value"], template
-    checks = preflight.checks(
-        plan,
-        engine,
-        chat_template=template["value"],
-        chat_template_file=params["chat_template_file"],
-        work_dir=params["work_dir"],
-        sources=params["sources"],
-        rows=params["rows"],
-        max_length=params["max_length"],
-        temperature=params["temperature"],
-    )
-    return {"changed": False, "plan": plan, "engine": engine, "checks": checks}
+    asked = {field.name: params[field.name] for field in dataclasses.fields(preflight.Asked)}
+    checks = preflight.checks(plan, engine, **{**asked, "chat_template": template["value"]})
+    return {"changed": False, "plan": plan, "engine": engine, "checks": checks, "table": preflight.table(checks)}
 
 
 def main() -> None:
@@ -146,6 +182,15 @@ def main() -> None:
             "rows": {"type": "int", "default": 0},
             "max_length": {"type": "int", "default": 2048},
             "temperature": {"type": "float", "default": 0.0},
+            "trainer_interface": {"type": "str", "choices": ["auto", "cli", "scripts"], "default": "auto"},
+            "capture_backend": {"type": "str", "choices": ["transformers", "sglang"], "default": "transformers"},
+            "specforge_source": {"type": "str", "default": ""},
+            "executor": {"type": "str", "default": "local"},
+            "slurm": {"type": "dict", "default": {}},
+            "slurm_phases": {"type": "dict", "default": {}},
+            "confirm_target_architecture": {"type": "bool", "default": False},
+            "confirm_shared_work_dir": {"type": "bool", "default": False},
+            "confirmed_versions": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )

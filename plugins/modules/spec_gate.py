@@ -23,7 +23,7 @@ options:
     description: Which gate to judge.
     type: str
     required: true
-    choices: [preflight, dataset, capture, training, artifact, acceptance, promotion]
+    choices: [preflight, dataset, capture, training, artifact, overfit, acceptance, promotion]
   evidence:
     description:
       - Documents by name. A text is the path of a JSON file on the managed host, a mapping is the document itself.
@@ -151,7 +151,7 @@ def main() -> None:
             "gate": {
                 "type": "str",
                 "required": True,
-                "choices": ["preflight", "dataset", "capture", "training", "artifact", "acceptance", "promotion"],
+                "choices": ["preflight", "dataset", "capture", "training", "artifact", "overfit", "acceptance", "promotion"],
             },
             "evidence": {"type": "dict", "required": True},
             "thresholds": {"type": "dict", "default": {}},

@@ -112,6 +112,13 @@ def test_mix_follows_the_weights_and_holds_prompts_out(built, bundle, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()] == train
 
 
+def test_one_row_of_two_sources_is_one_row(built, bundle, tmp_path):
+    sources = [{"path": str(built.data / name)} for name in ("sharegpt.json", "ultrachat.jsonl")]
+    answer, result = prepare(built, bundle, tmp_path, sources, train=1, eval=1)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(result.read_text())["counts"] == {"train": 1, "eval": 1}
+
+
 def arms(built, bundle, tmp_path, ports=(0, 0), arguments=()):
     plan = {
         "model": "small", "target": {"path": str(built.target)}, "prompts": {"path": str(tmp_path / "eval.jsonl"), "count": 1},

@@ -20,7 +20,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.errors impor
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent.parent.parent / "templates"
 HOSTILE = '/models/it\'s a "base"; $(touch hacked) `touch hacked` {{ x }} \\ } ${HOME}'
-LAUNCHERS = ["prepare-data", "capture", "train", "convert", "eval"]
+LAUNCHERS = ["prepare-data", "untrained", "capture", "train", "convert", "eval"]
 
 
 def plan(path="/models/base", method="eagle3"):
@@ -54,6 +54,8 @@ def settings(work="/work", **changes):
             "sources": [{"path": "/data/a.json"}], "train": 10, "eval": 2, "max_length": 128, "seed": 1, "regenerate": True,
         },
         "hardware": {"gpu": "", "gpu_memory_gib": "", "num_gpus": "", "tp_size": "", "table": {}},
+        "trainer_interface": "cli", "specforge_source": "/src/SpecForge", "capture_backend": "transformers",
+        "capture_tensor_parallel": 0, "untrained_check": True, "one_sample": False, "slurm": {}, "slurm_phases": {},
         "capture_batch_tokens": 512, "train_steps": 100, "training": {"batch_size": 4},
         "serving": {
             "server_arguments": ["--enforce-eager"], "server_environment": {"A": "1"}, "standing_config": {}, "prompts": 2,
@@ -78,6 +80,7 @@ def lay_down(folder, found):
     bundle = pathlib.Path(found["bundle"])
     (bundle / "slurm").mkdir(parents=True)
     (bundle / "recipe.env").write_text(rendered("recipe.env.j2", found))
+    (bundle / "slurm/site.sh").write_text(rendered("slurm/site.sh.j2", found))
     (bundle / "run-offline.sh").write_text(rendered("run-offline.sh.j2", found))
     for name in LAUNCHERS:
         (bundle / "slurm" / f"{name}.sbatch").write_text(rendered(f"slurm/{name}.sbatch.j2", found))
@@ -122,9 +125,7 @@ def test_environment_wins_over_the_recipe(hostile, tmp_path):
     assert arguments[arguments.index("--method") + 1] == "dflash"
 
 
-def test_launchers_are_shellcheck_clean(tmp_path):
-    bundle = lay_down(tmp_path, experiment.compose(plan(), settings(str(tmp_path / "work"))))
-    scripts = [str(path) for path in [*bundle.glob("slurm/*.sbatch"), bundle / "run-offline.sh"]]
+def shellcheck(scripts):
     answer = subprocess.run(
         [pathlib.Path(sys.executable).with_name("shellcheck"), "--shell=bash", *scripts],
         capture_output=True,
@@ -132,6 +133,12 @@ def test_launchers_are_shellcheck_clean(tmp_path):
         check=False,
     )
     assert answer.returncode == 0, answer.stdout
+
+
+def test_launchers_are_shellcheck_clean(tmp_path):
+    bundle = lay_down(tmp_path, experiment.compose(plan(), settings(str(tmp_path / "work"))))
+    scripts = [str(path) for path in [*bundle.glob("slurm/*"), bundle / "run-offline.sh"]]
+    shellcheck(scripts)
 
 
 def test_documents_are_what_they_say():
@@ -188,3 +195,189 @@ def test_parameters_fit_a_terminal():
     assert max(map(len, lines)) <= 72, "a callback indents them"
     long = experiment.parameters_table(experiment.compose(plan("/a long/path " * 12), settings()))
     assert max(map(len, long)) <= 72
+
+
+SITE = {
+    "partition": "gpu", "account": "research", "qos": "normal", "time": "12:00:00", "nodes": 2, "gpus": 8, "cpus": 16,
+    "mem": "200G", "constraint": "h100|h200", "requeue": True, "signal": "TERM@300", "exclusive": True, "modules": ["cuda/12.9"],
+    "nccl": {"SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"}, "environment": {"HF_HOME": HOSTILE},
+}  # fmt: skip
+PYXIS = {"kind": "pyxis", "image": "docker://registry#engine:1", "mounts": ["/models:/models", "/work"], "arguments": ["--no-x"]}
+APPTAINER = {"kind": "apptainer", "image": "/images/engine's.sif", "mounts": ["/models"], "arguments": ["--nv"]}
+
+
+def launcher_text(tmp_path, name, **changes):
+    found = experiment.compose(plan(), settings(str(tmp_path / "work"), **changes))
+    return (lay_down(tmp_path, found) / "slurm" / f"{name}.sbatch").read_text()
+
+
+def test_directives_are_what_the_site_says(tmp_path):
+    lines = launcher_text(tmp_path, "train", slurm=SITE).splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    found = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert lines[1 : 1 + len(found)] == [f"#SBATCH {directive}" for directive in found], "sbatch stops at the first command"
+    assert {
+        "--job-name=base-eagle3-train", "--partition=gpu", "--account=research", "--qos=normal", "--time=12:00:00", "--nodes=2",
+        "--gpus-per-node=8", "--cpus-per-task=16", "--mem=200G", "--constraint=h100|h200", "--requeue", "--signal=TERM@300",
+        "--open-mode=append", "--output=%x-%j.log", "--ntasks-per-node=1", "--exclusive",
+    } == set(found)  # fmt: skip
+
+
+def test_a_phase_overrides_the_site_and_only_training_and_capture_spread_over_nodes(tmp_path):
+    phases = {"train": {"time": "2-00:00:00", "partition": "long", "requeue": False}}
+    found = experiment.compose(plan(), settings(slurm=SITE, slurm_phases=phases))["launch"]
+    assert {"--time=2-00:00:00", "--partition=long", "--no-requeue", "--nodes=2"} <= set(found["train"]["directives"])
+    assert {"--time=12:00:00", "--partition=gpu", "--nodes=2"} <= set(found["capture"]["directives"])
+    assert "--nodes=1" in found["validate"]["directives"]
+
+
+@pytest.mark.parametrize(
+    "value", ["--wrap=id", "-x", "a b", "a\n#SBATCH --uid=0", "a\nid", 'a"b', "a'b", "a#b", "a\\b", "a\tb", "a\0"]
+)
+@pytest.mark.parametrize("key", ["partition", "account", "gres", "output", "mem"])
+def test_directives_that_sbatch_would_take_apart_are_refused(key, value):
+    with pytest.raises(SpecDecodeError, match="cannot stand in an #SBATCH line"):
+        experiment.compose(plan(), settings(slurm={key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"slurm": {"partitoin": "gpu"}}, "no setting 'partitoin'"),
+        ({"slurm": {"time": "soon"}}, "no time limit that Slurm knows"),
+        ({"slurm": {"nodes": 0}}, "whole number from 1"),
+        ({"slurm": {"gpus": "8; id"}}, "whole number from 1"),
+        ({"slurm": {"environment": {"A B": 1}}}, "no name of an environment variable"),
+        ({"slurm": {"container": {"kind": "docker", "image": "x"}}}, "no kind 'docker'"),
+        ({"slurm": {"container": {"kind": "pyxis"}}}, "needs an image"),
+        ({"slurm": {"container": {"kind": "pyxis", "image": "x", "mounts": ["/a,/etc"]}}}, "without a comma"),
+        ({"slurm_phases": {"training": {}}}, "'training', which is no phase"),
+    ],
+)
+def test_slurm_settings_that_cannot_be(changes, words):
+    with pytest.raises(SpecDecodeError, match=words):
+        experiment.compose(plan(), settings(**changes))
+
+
+def started(tmp_path, name, tools=(), environment=(), **changes):
+    """Run a launcher whose programs, ``srun`` and the like are stubs; returns the words of what it started at last."""
+    out, bin_ = tmp_path / "started", tmp_path / "bin"
+    bin_.mkdir()
+    for tool in (*tools, "engine-python"):
+        (bin_ / tool).write_text(f'#!/bin/bash\nprintf \'%s\\0\' {tool} "$@" > "$STUB_OUT"\nenv -0 > "$STUB_OUT.env"\n')
+        (bin_ / tool).chmod(0o755)
+    (bin_ / "scontrol").write_text("#!/bin/bash\nprintf 'node7\\nnode8\\n'\n")
+    (bin_ / "scontrol").chmod(0o755)
+    work = str(tmp_path / "a work's $(touch hacked) folder")
+    found = experiment.compose(plan(), settings(work, engine_python="engine-python", **changes))
+    bundle = lay_down(tmp_path, found)
+    answer = subprocess.run(
+        ["bash", str(bundle / "slurm" / f"{name}.sbatch")], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={"PATH": f"{bin_}:/usr/bin:/bin", "STUB_OUT": str(out), **dict(environment)},
+    )  # fmt: skip
+    assert not list(tmp_path.rglob("hacked"))
+    values = (
+        dict(item.split("=", 1) for item in (tmp_path / "started.env").read_text().split("\0") if item) if out.exists() else {}
+    )
+    return answer, out.read_text().split("\0")[:-1] if out.exists() else [], values
+
+
+JOB = (("SLURM_JOB_ID", "4242"), ("SLURM_JOB_NODELIST", "node[7-8]"))
+
+
+def test_pyxis_container_over_two_nodes(tmp_path):
+    answer, words, values = started(
+        tmp_path, "train", ["srun"], JOB, slurm={"nodes": 2, "gpus": 8, "container": PYXIS, "nccl": {"SOCKET_IFNAME": "ib0"}}
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert words[:5] == [
+        "srun",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+        f"--container-image={PYXIS['image']}",
+    ]
+    assert "--container-mounts=/models:/models,/work" in words and "--no-x" in words
+    assert words[words.index("--no-x") + 1 :][:2] == ["engine-python", "train_draft.py"]
+    assert (
+        values["MASTER_ADDR"] == "node7" and values["MASTER_PORT"] == str(20000 + 4242) and values["NCCL_SOCKET_IFNAME"] == "ib0"
+    )
+
+
+def test_pyxis_container_by_hand_is_refused(tmp_path):
+    answer, words, _values = started(tmp_path, "convert", ["srun"], slurm={"container": PYXIS})
+    assert answer.returncode == 2 and "sbatch this script" in answer.stderr and not words
+
+
+def test_apptainer_container_also_by_hand(tmp_path):
+    answer, words, _values = started(tmp_path, "eval", ["apptainer"], slurm={"container": APPTAINER})
+    assert answer.returncode == 0, answer.stderr
+    assert words[:8] == [
+        "apptainer", "exec", "--bind", "/models", "--nv", "/images/engine's.sif", "engine-python", "measure_arms.py",
+    ]  # fmt: skip
+
+
+def test_environment_modules_and_activation(tmp_path):
+    activate = tmp_path / "venv's $(touch hacked)"
+    activate.write_text('ACTIVATED=$UNSET_BEFORE yes=1; export ACTIVATED=yes; loaded="$LOADED"\n')
+    (tmp_path / "module.sh").write_text('module() { export LOADED="$*"; }\n')
+    slurm = {"modules": ["cuda/12; touch hacked"], "activate": str(activate), "environment": {"HF_HOME": HOSTILE}}
+    answer, words, values = started(tmp_path, "capture", [], [("BASH_ENV", str(tmp_path / "module.sh"))], slurm=slurm)
+    assert answer.returncode == 0, answer.stderr
+    assert words[0] == "engine-python"
+    assert values["HF_HOME"] == HOSTILE and values["LOADED"] == "load cuda/12; touch hacked" and values["ACTIVATED"] == "yes"
+
+
+@pytest.mark.parametrize("container", [{}, PYXIS, APPTAINER])
+def test_launchers_of_a_slurm_site_are_shellcheck_clean(tmp_path, container):
+    slurm = {**SITE, "container": container, "activate": "/venv/bin/activate"}
+    bundle = lay_down(tmp_path, experiment.compose(plan(), settings(str(tmp_path / "work"), slurm=slurm)))
+    scripts = [str(path) for path in bundle.glob("slurm/*")]
+    shellcheck(scripts)
+
+
+def test_training_spreads_over_what_the_phase_is_given():
+    found = experiment.compose(plan(), settings(slurm_phases={"train": {"nodes": 2, "gpus": 8}}))
+    train = yaml.safe_load(found["documents"]["configs/base-train.yaml"])
+    assert train["deployment"]["trainer"] == {"nnodes": 2, "nproc_per_node": 8}
+
+
+def test_scripts_interface_renders_the_script(tmp_path):
+    found = experiment.compose(plan(), settings(trainer_interface="scripts"))
+    assert found["recipe"]["TRAIN_CONFIG"] == "configs/base-train.json"
+    train = found["documents"]["configs/base-train.json"]
+    assert train["script"] == "/src/SpecForge/scripts/train_eagle3.py" and "--train-hidden-states-path" in train["arguments"]
+
+
+@pytest.mark.parametrize("interface", ["cli", "scripts"])
+def test_bundle_says_the_same_in_specforges_own_commands(interface):
+    found = experiment.compose(plan(), settings(trainer_interface=interface))["documents"]["configs/specforge.json"]
+    assert found["prepare_data"][:2] == ["python", "/src/SpecForge/scripts/prepare_data.py"]
+    assert found["prepare_hidden_states"][:2] == ["torchrun", "/src/SpecForge/scripts/prepare_hidden_states.py"]
+    assert ("--aux-hidden-states-layers" in found["prepare_hidden_states"]) is (interface == "scripts")
+    assert found["train"][0] == {"cli": "specforge", "scripts": "torchrun"}[interface]
+
+
+def test_capture_through_sglang(tmp_path):
+    slurm_phases = {"capture": {"gpus": 8, "nodes": 2}}
+    wanted = settings(str(tmp_path / "work"), capture_backend="sglang", capture_tensor_parallel=8, slurm_phases=slurm_phases)
+    found = experiment.compose(plan(), wanted)
+    command = found["documents"]["configs/capture-command.json"]
+    assert command["script"] == "/src/SpecForge/scripts/prepare_hidden_states.py" and command["processes_per_node"] == 8
+    assert command["arguments"][command["arguments"].index("--tp-size") + 1] == "8"
+    assert f"{found['bundle']}/configs/capture-command.json" in found["jobs"]["capture"]["inputs"]
+    assert "capture_with_sglang.py" in (lay_down(tmp_path, found) / "slurm/capture.sbatch").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"capture_backend": "hf"}, "'hf' is not known"),
+        ({"capture_backend": "sglang", "specforge_source": ""}, "Set spec_specforge_source"),
+        ({"capture_backend": "sglang", "capture_tensor_parallel": 3, "slurm": {"gpus": 8}}, "3 do not divide the 8 processes"),
+        ({"capture_backend": "sglang", "capture_tensor_parallel": 1, "slurm": {"gpus": 4}}, "10 rows do not divide among 4"),
+    ],
+)
+def test_captures_that_cannot_be(changes, words):
+    with pytest.raises(SpecDecodeError, match=words):
+        experiment.compose(plan(), settings(**changes))

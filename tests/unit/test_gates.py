@@ -42,6 +42,12 @@ GREEN = {
             "parameters": 5,
         }
     },
+    "overfit": {
+        "train": {"last": {"loss": 0.1, "accs": [1.0, 0.99, 0.97]}},
+        "acceptance": {
+            "trials": [{"arm": "trained", "void": "", "engine": {"draft_tokens": 100, "accepted_tokens": 96}}],
+        },
+    },
 }  # fmt: skip
 
 
@@ -52,6 +58,15 @@ def test_green_evidence_passes(gate):
 
 
 RED = [
+    ("overfit", ("train", "last", "accs"), [0.6, 0.3], "did not learn its one sample: accuracy 0.30"),
+    (
+        "overfit",
+        ("acceptance", "trials", 0, "engine", "accepted_tokens"),
+        5,
+        "knows its one sample (accuracy 0.97), but the server accepts only 5% of it",
+    ),
+    ("overfit", ("acceptance", "trials", 0, "void"), "foreign traffic", "accepts only 0% of it"),
+    ("capture", ("capture", "probe", "next_token_agreement"), 0.01, "names the text's next token in only 1.0% of positions"),
     ("preflight", ("preflight", "checks", 0, "ok"), False, "disk: 1 GB free"),
     ("preflight", ("preflight", "checks"), [], "nothing was checked"),
     ("dataset", ("dataset", "counts", "train"), 99, "99 train rows instead of 100"),

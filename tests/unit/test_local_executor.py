@@ -36,6 +36,10 @@ def until(condition, what):
     pytest.fail(f"not within {LIMIT_S} s: {what}")
 
 
+#: Its jobs are stopped after each test by this name alone: another run of these tests must not share it.
+EXPERIMENT = f"local-test-{os.getpid()}"
+
+
 @pytest.fixture
 def job(tmp_path):
     def make(text, **fields):

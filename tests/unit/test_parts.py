@@ -16,7 +16,9 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     engines,
     features,
     files,
+    inspection,
     preflight,
+    site_facts,
     slurm_time,
     waiting,
 )
@@ -237,10 +239,30 @@ def test_failed_question_is_nobodys_answer(tmp_path):
 
 PLAN = {
     "method": "eagle3",
-    "target": {"hidden_size": 4096, "has_chat_template": True},
+    "target": {
+        "hidden_size": 4096, "has_chat_template": True, "architecture": "Qwen3ForCausalLM", "parameters": 8e9, "dtype": "BF16",
+        "sha": "t" * 64,
+    },
     "values": {"aux_layers": [1, 17, 32]},
-}
-ENGINE = {"versions": dict.fromkeys(("torch", "vllm", "specforge", "transformers"), "1"), "templates": ["llama3", "qwen"]}
+}  # fmt: skip
+ENGINE = {
+    "versions": {"torch": "2.13.0+cpu", "vllm": "0.32.0+cpu", "specforge": "0.2.0", "transformers": "5.19.0", "sglang": None},
+    "specforge_interface": "cli",
+    "templates": ["llama3", "qwen"],
+    "template_fields": {"qwen": {"assistant_header": "<|im_start|>assistant\n", "end_of_turn_token": "<|im_end|>\n"}},
+    "models": {
+        "vllm": {"registered": True, "class": "Qwen3ForCausalLM", "eagle3": True}, "transformers": {"registered": True},
+    },
+    "rendering": {"text": f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{inspection.ANSWER}<|im_end|>\n", "error": ""},
+}  # fmt: skip
+
+
+def engine(**changes):
+    return {**ENGINE, **changes}
+
+
+def models(**changes):
+    return engine(models={**ENGINE["models"], **changes})
 
 
 def checks(tmp_path, **changes):
@@ -276,6 +298,29 @@ def test_preflight_lists_the_known_templates(tmp_path):
         ("disk", {"rows": 10**12}),
         ("work folder", {"work_dir": "/etc/hosts/nowhere"}),
         ("chat template", {"chat_template_file": "/nowhere/template.json"}),
+        ("target's chat template", {"engine": engine(rendering={"text": "", "error": "UndefinedError: 'x'"})}),
+        ("target's chat template", {"engine": engine(rendering={"text": f"[INST] {inspection.ANSWER} </s>", "error": ""})}),
+        ("target's chat template", {"engine": engine(rendering=None)}),
+        ("versions", {"engine": engine(versions={**ENGINE["versions"], "vllm": "0.34.0"})}),
+        (
+            "versions",
+            {"engine": engine(versions={**ENGINE["versions"], "vllm": "0.34.0"}), "confirmed_versions": {"vllm": "0.33.9"}},
+        ),
+        ("trainer", {"engine": engine(specforge_interface="")}),
+        ("trainer", {"trainer_interface": "scripts"}),
+        ("trainer", {"trainer_interface": "scripts", "plan": {**PLAN, "method": "dflash"}}),
+        ("trainer", {"capture_backend": "sglang"}),
+        ("capture backend", {"engine": models(transformers={"registered": False})}),
+        ("capture backend", {"engine": engine(models={})}),
+        ("capture backend", {"capture_backend": "sglang", "engine": models(sglang={"registered": True, "eagle3": False})}),
+        (
+            "capture backend",
+            {"capture_backend": "sglang", "plan": {**PLAN, "target": {**PLAN["target"], "architecture": "NewForCausalLM"}}},
+        ),
+        ("serving", {"engine": models(vllm={"registered": True, "class": "Glm4MoeForCausalLM", "eagle3": False})}),
+        ("serving", {"engine": engine(models={"transformers": {"registered": True}})}),
+        ("nodes", {"executor": "slurm"}),
+        ("shared work folder", {"executor": "slurm"}),
     ],
 )
 def test_preflight_red(tmp_path, name, changes):
@@ -284,9 +329,8 @@ def test_preflight_red(tmp_path, name, changes):
 
 
 def test_sampling_is_refused_on_the_build_that_garbles_it(tmp_path):
-    engine = {**ENGINE, "versions": {**ENGINE["versions"], "vllm": "0.32.0+cpu"}}
-    assert not checks(tmp_path, engine=engine, temperature=0.7)["sampling"]["ok"]
-    assert checks(tmp_path, engine=engine)["sampling"]["ok"]
+    assert not checks(tmp_path, temperature=0.7)["sampling"]["ok"]
+    assert checks(tmp_path)["sampling"]["ok"]
 
 
 def test_feature_bytes_count_every_state():
@@ -297,3 +341,101 @@ def test_feature_bytes_count_every_state():
 def test_engine_that_is_not_there():
     with pytest.raises(SpecDecodeError, match="Run make setup"):
         engines.engine_facts("/nowhere/python")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "versions",
+            {"engine": engine(versions={**ENGINE["versions"], "vllm": "0.34.0"}), "confirmed_versions": {"vllm": "0.34.0"}},
+        ),
+        ("serving", {"engine": engine(models={}), "confirm_target_architecture": True}),
+        ("shared work folder", {"executor": "slurm", "confirm_shared_work_dir": True}),
+        ("capture backend", {"capture_backend": "sglang"}),
+        (
+            "target's chat template",
+            {
+                "engine": engine(
+                    rendering={
+                        "text": inspection.ANSWER,
+                        "error": "",
+                    }
+                ),
+                "chat_template": "gpt-oss",
+            },
+        ),
+    ],
+)
+def test_preflight_green_where_a_person_or_a_table_knows(tmp_path, name, changes):
+    assert checks(tmp_path, **changes)[name]["ok"]
+
+
+def test_preflight_table_fits_a_terminal(tmp_path):
+    lines = preflight.table(list(checks(tmp_path, sources=[]).values()))
+    assert all(len(line) <= 72 for line in lines)
+    assert any(line.startswith("RED data") for line in lines) and lines[-1].endswith("1 red")
+
+
+def test_disk_and_time_show_their_formula(tmp_path):
+    found = checks(tmp_path)
+    assert "10 rows × 64 tokens × 4 states × 4096 × 2 bytes = 0.0 GB of features" in found["disk"]["reason"]
+    assert "2 × parameters × 640 tokens at 40% of 990 TFLOP/s" in found["capture time"]["reason"]
+
+
+def test_time_goes_by_what_was_measured_of_this_target(tmp_path):
+    for name, sha, rate in (("mine", "t" * 64, 64), ("other", "u" * 64, 1)):
+        bundle = tmp_path / "new/work" / name / "spec-decode"
+        (bundle / "results").mkdir(parents=True)
+        (bundle / "experiment.json").write_text(json.dumps({"target": {"sha": sha}}))
+        (bundle / "results/capture.json").write_text(json.dumps({"throughput": {"tokens_per_s": rate}}))
+    assert checks(tmp_path)["capture time"]["reason"] == "about 00:00:10 for 640 tokens, at 64 tokens/s as measured"
+
+
+def test_nodes_of_sinfo():
+    text = "gpu1|idle|10.0.0.1\ngpu2|mixed-|10.0.0.2\ngpu2|mixed-|10.0.0.2\ngpu3|idle*|10.0.0.3\ngpu4|drained|x\ngpu5|down~|y\n"
+    nodes = site_facts.parse_nodes(text)
+    assert [node.name for node in nodes if node.usable] == ["gpu1", "gpu2"] and [node.name for node in nodes if node.idle] == [
+        "gpu1"
+    ]
+    assert not site_facts.all_here(nodes) and not site_facts.all_here([])
+    assert site_facts.all_here(site_facts.parse_nodes("a|idle|localhost\nb|idle|127.0.0.1\n"))
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "ok", "words"),
+    [
+        ("printf 'g1|idle|localhost\\ng2|allocated|localhost\\n'", True, "2 of 2 nodes take jobs, 1 idle"),
+        ("printf 'g1|allocated|far\\ng2|allocated|far\\n'", True, "0 idle: jobs will wait"),
+        ("printf 'g1|down|far\\ng2|idle|far\\n'", False, "1 of 2 nodes take jobs"),
+        ("echo 'slurm_load_partitions: Unable to contact' >&2; exit 1", False, "Unable to contact"),
+        ("exec sleep 60", False, "sinfo did not answer within"),
+    ],
+)
+def test_nodes_are_asked_of_the_cluster(tmp_path, monkeypatch, sinfo, ok, words):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sinfo").write_text(f"#!/bin/sh\n{sinfo}\n")
+    (tmp_path / "bin/sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(site_facts.slurm_nodes, "__defaults__", (0.5,))
+    found = checks(tmp_path, executor="slurm", slurm={"partition": "gpu", "nodes": 2})
+    assert found["nodes"]["ok"] is ok and words in found["nodes"]["reason"]
+    assert found["shared work folder"]["ok"] is ("localhost" in sinfo)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "shared"),
+    [
+        ("/a", "ext4", False),
+        ("/scratch/b", "lustre", True),
+        ("/scratch/my own/c", "fuse.sshfs", True),
+        ("/scratch", "lustre", True),
+    ],
+)
+def test_file_systems(place, kind, shared):
+    mounts = "/dev/sda / ext4 rw 0 0\nserver:/x /scratch lustre rw 0 0\nz /scratch/my\\040own fuse.sshfs rw 0 0\n"
+    assert site_facts.type_at(place, mounts) == kind and site_facts.is_shared(kind) is shared
+
+
+def test_file_system_of_a_folder_that_is_yet_to_be_made():
+    assert site_facts.file_system("/proc/1/nowhere/at/all") == "proc"

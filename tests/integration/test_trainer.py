@@ -1,0 +1,197 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The trainer's side against the real engines: what SpecForge and vLLM themselves say, and the check on one sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, features, gates, specforge
+from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ENGINE = ROOT / ".engine/bin/python"
+SERVER = ["--max-model-len=512", "--max-num-seqs=4", "--dtype=bfloat16", "--enforce-eager", "--gpu-memory-utilization=0.2"]
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def run(command, **environment):
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, **ENVIRONMENT, **environment},
+    )  # fmt: skip
+
+
+def test_vllm_itself_agrees_with_what_its_files_say(built, tmp_path):
+    """The classes are imported and asked, on a machine without a GPU."""
+    architectures = ["Qwen3ForCausalLM", "Glm4MoeForCausalLM", "MixtralForCausalLM", "SmolLM3ForCausalLM", "Qwen3MoeForCausalLM"]
+    program = (
+        "import json, sys\n"
+        "from vllm.model_executor.models.interfaces import supports_eagle3\n"
+        "from vllm.model_executor.models.registry import ModelRegistry\n"
+        "load = lambda name: ModelRegistry.models[name].load_model_cls()\n"
+        "print(json.dumps({name: bool(supports_eagle3(load(name))) for name in sys.argv[1:]}))\n"
+    )
+    answer = run([ENGINE, "-c", program, *architectures])
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    expected = json.loads(answer.stdout.splitlines()[-1])
+    assert set(expected.values()) == {True, False}
+    for name, declared in expected.items():
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "model_type": "x"}))
+        assert engine_facts(str(ENGINE), str(tmp_path))["models"]["vllm"]["eagle3"] is declared, name
+
+
+@pytest.mark.parametrize("method", ["eagle3", "dflash"])
+def test_run_configuration_is_one_that_specforge_takes(built, tmp_path, method):
+    plan = derive.plan(str(built.target), method, {"draft": {method: {"num_hidden_layers": 2}}} if method == "dflash" else {})
+    config = specforge.run_config(
+        plan, run_id="r", draft_config="d.json", features="f", output="o", chat_template="qwen", max_length=128, max_steps=10,
+        trainer={"nproc_per_node": 2},
+    )  # fmt: skip
+    program = "import json, sys; from specforge.config import Config; Config.model_validate(json.loads(sys.argv[1]))"
+    answer = run([ENGINE, "-c", program, json.dumps(config)])
+    assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+def untrained(built, bundle, tmp_path, method, **changes):
+    plan = derive.plan(str(built.target), method, {"draft": {method: {"num_hidden_layers": 2}}} if method == "dflash" else {})
+    config = tmp_path / "draft.json"
+    config.write_text(json.dumps({**plan["draft_configs"][method], **changes}))
+    load = [
+        str(ENGINE), str(bundle / "load_draft.py"), "--target-model-path", str(built.target), "--draft", "{draft}",
+        "--speculative-config", json.dumps({"method": method, "num_speculative_tokens": 3}),
+        "--server-arguments", json.dumps(SERVER),
+    ]  # fmt: skip
+    result = tmp_path / "untrained.json"
+    answer = run([
+        ENGINE, bundle / "check_untrained_draft.py", "--draft-config", config, "--method", method,
+        "--aux-layers", ",".join(map(str, plan["values"]["aux_layers"])), "--load-check", json.dumps(load), "--result", result,
+    ])  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert not list(tmp_path.glob(".untrained-*")), "random weights stay nowhere"
+    return gates.evaluate("artifact", {"convert": json.loads(result.read_text())})
+
+
+def test_untrained_draft_loads_before_anything_is_trained(built, bundle, tmp_path):
+    found = untrained(built, bundle, tmp_path, "eagle3")
+    assert found.passed, found.reasons
+
+
+def test_untrained_draft_that_vllm_cannot_build_is_refused_at_minute_one(built, bundle, tmp_path):
+    found = untrained(built, bundle, tmp_path, "eagle3", architectures=["LlamaForCausalLMEagle9"])
+    assert not found.passed and "vLLM does not load it" in found.reasons[0]
+
+
+@pytest.fixture(scope="module")
+def captured(built, bundle, tmp_path_factory):
+    """A folder with data, a draft config and a command of 20 rows, ready to be captured through the double."""
+    folder = tmp_path_factory.mktemp("sglang")
+    rows = [
+        {"conversations": [{"from": "human", "value": f"Count to {n}."}, {"from": "gpt", "value": "One, two. " * (1 + n % 3)}]}
+        for n in range(30)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    config = {
+        "sources": [{"path": str(folder / "rows.json"), "layout": "auto"}], "train": 20, "eval": 4, "seed": 1, "max_length": 128,
+        "max_dropped_fraction": 0.05, "regenerate": False, "regenerate_batch_size": 8, "max_new_tokens": 8,
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(config))
+    answer = run([
+        ENGINE, bundle / "prepare_dataset.py", "--target-model-path", built.target, "--chat-template", "qwen",
+        "--config", folder / "dataset.json", "--output", folder / "data", "--result", folder / "dataset-result.json",
+    ])  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    (folder / "SpecForge/scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/integration/sglang_double.py", folder / "SpecForge/scripts/prepare_hidden_states.py")
+    plan = derive.plan(str(built.target), "eagle3", {})
+    layers = plan["values"]["aux_layers"]
+    (folder / "draft.json").write_text(json.dumps(plan["draft_configs"]["eagle3"]))
+    arguments = specforge.capture_arguments(
+        "cli", plan, draft_config=str(folder / "draft.json"), data=str(folder / "data/train.jsonl"),
+        output=str(folder / "features"), cache=str(folder / "cache"), chat_template="qwen", max_length=128, batch_size=4,
+        tensor_parallel=1,
+    )  # fmt: skip
+    script = specforge.script_path(str(folder / "SpecForge"), "prepare_hidden_states.py")
+    (folder / "command.json").write_text(json.dumps({"script": script, "arguments": arguments, "processes_per_node": 1}))
+    return folder, layers
+
+
+def capture(built, bundle, folder, layers, faults=""):
+    (folder / "capture.json").unlink(missing_ok=True)
+    return run([
+        ENGINE, bundle / "capture_with_sglang.py", "--command", folder / "command.json", "--target-model-path", built.target,
+        "--method", "eagle3", "--aux-layers", ",".join(map(str, layers)), "--chat-template", "qwen", "--max-length", "128",
+        "--data", folder / "data", "--output", folder / "features", "--result", folder / "capture.json",
+    ], DOUBLE_FAULTS=faults)  # fmt: skip
+
+
+def test_capture_through_sglang_finds_gaps_and_mends_them(built, bundle, captured):
+    """Killed in a write, then a sample dropped for its NaN, then whole: each attempt keeps what is whole."""
+    folder, layers = captured
+    killed = capture(built, bundle, folder, layers, "cut")
+    assert killed.returncode == 1 and not (folder / "capture.json").exists(), killed.stderr[-2000:]
+    gap = capture(built, bundle, folder, layers, "nan")
+    assert gap.returncode == 0, gap.stderr[-3000:]
+    assert "data_5.ckpt is not readable: removed" in gap.stdout
+    red = gates.evaluate("capture", {"capture": json.loads((folder / "capture.json").read_text())})
+    assert red.reasons == ["19 of 20 samples are captured and whole"]
+    whole = capture(built, bundle, folder, layers)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    result = json.loads((folder / "capture.json").read_text())
+    # The double's states are the target's; text that it did not write itself is named less often.
+    green = gates.evaluate("capture", {"capture": result}, {"layers": layers, "min_next_token_agreement": 0.0})
+    assert green.passed, green.reasons
+    assert result["throughput"]["resumed_samples"] == 19 and result["tokens"] < 20 * 128
+    manifest = features.check_sealed(str(folder / "features"))
+    assert manifest["samples"] == 20 and manifest["layers"] == layers
+
+
+def test_both_captures_agree(built, bundle, captured):
+    """The same rows through our own capture: equal tokens, equal states, whatever the numbering."""
+    folder, layers = captured
+    answer = run([
+        ENGINE, bundle / "capture_hidden_states.py", "--target-model-path", built.target, "--method", "eagle3", "--aux-layers",
+        ",".join(map(str, layers)), "--chat-template", "qwen", "--max-length", "128", "--data", folder / "data", "--output",
+        folder / "own", "--result", folder / "own.json",
+    ])  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    program = (
+        "import pathlib, sys, torch\n"
+        "sides = []\n"
+        "for folder in sys.argv[1:]:\n"
+        "    records = [torch.load(path) for path in pathlib.Path(folder).glob('rows_*/data_*.ckpt')]\n"
+        "    sides.append({tuple(r['input_ids'].tolist()): r for r in records})\n"
+        "own, theirs = sides\n"
+        "assert own.keys() == theirs.keys() and len(own) > 10, (len(own), len(theirs))\n"
+        "for key, record in own.items():\n"
+        "    for name, tensor in record.items():\n"
+        "        other = theirs[key][name]\n"
+        "        assert tensor.shape == other.shape and tensor.dtype == other.dtype, (name, tensor.shape, other.shape)\n"
+        "        assert (tensor.float() - other.float()).norm() <= 0.02 * tensor.float().norm() + 1e-6, name\n"
+    )
+    answer = run([ENGINE, "-c", program, folder / "own", folder / "features"])
+    assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+def test_one_sample_is_learned_and_accepted(built):
+    settings = {
+        "target": str(built.target), "method": "eagle3", "chat_template": "qwen", "experiment": "one", "spec_poll_interval": 1,
+        "spec_work_dir": str(built.work), "spec_verdicts_dir": str(built.work / "host_vars"), "spec_max_new_tokens": 60,
+        "spec_overfit_steps": 150, "spec_overfit_training": {"learning_rate": 0.002, "save_interval": 150},
+    }  # fmt: skip
+    answer = subprocess.run(
+        [str(ROOT / ".venv/bin/ansible-playbook"), "playbooks/overfit_check.yml", "-i", "inventories/local", "-e",
+         json.dumps(settings)],
+        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout[-4000:]
+    words = " ".join(answer.stdout.split())
+    share = re.search(r"accuracy (1\.00|0\.9\d) in training on one sample, (\d+)% of the drafted tokens accepted", words)
+    assert share and int(share[2]) >= 85, words[-1500:]

@@ -1,0 +1,96 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What both generations of trainers print and leave behind, and where a program stands among its nodes."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zipfile
+
+import pytest
+from ansible_collections.inference.spec_decode.plugins.module_utils import checkpoints
+from ansible_collections.inference.spec_decode.plugins.module_utils.nodes import Nodes
+from ansible_collections.inference.spec_decode.plugins.module_utils.training_log import CliLog, ScriptsLog
+
+SCRIPTS_OUTPUT = """
+Training Epoch 0:   1%|          | 50/5000 [00:10<10:00, loss=3.2]Eval - Step 50 [51/10], position 0,  Acc: 0.62
+Eval - Step 50 [51/10], position 1,  Acc: 0.41
+Eval - Step 50 [51/10], position 0,  Acceptance Rate: 0.7000
+Eval - Step 50 [51/10], position 1,  Acceptance Rate: 0.5000
+Eval - Step 50 [51/10], position 0, pLoss: 2.0
+Eval - Step 50 [51/10], position 1, pLoss: 3.0
+Training completed at step 60, saving final checkpoint...
+Eval - Step 60 [61/10], position 0,  Acc: nan
+Eval - Step 60 [61/10], position 0, pLoss: nan
+Eval - Step 60 [61/10], position 1, pLoss: 1.0
+"""
+
+
+def test_lines_of_the_scripts_become_one_step():
+    log = ScriptsLog(positions=2)
+    first, second = [found for line in SCRIPTS_OUTPUT.splitlines() if (found := log.feed(line))]
+    assert first[0] == 50 and first[1]["acc_0"] == 0.62 and first[1]["acceptance_rate_1"] == 0.5
+    assert first[1]["loss"] == pytest.approx(2.0 + 0.8 * 3.0)
+    assert second[0] == 60 and math.isnan(second[1]["loss"]) and "acc_1" not in second[1]
+
+
+def test_lines_of_the_cli_become_one_step():
+    log = CliLog()
+    assert log.feed("Loading ...") is None
+    assert log.feed("step 10: {'train/loss': nan, 'train/acc': [0.5, 0.25]}\n")[1]["acc_1"] == 0.25
+    assert math.isnan(log.feed("step 10: {'train/loss': nan}")[1]["loss"])
+
+
+def safetensors(path, cut=0):
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + b"x" * 8
+    path.write_bytes(content[: len(content) - cut])
+
+
+def script_checkpoint(folder, epoch, step, leave_out="", cut=0):
+    place = folder / f"epoch_{epoch}_step_{step}"
+    place.mkdir()
+    with zipfile.ZipFile(place / "training_state.pt", "w") as archive:
+        archive.writestr("data", "x")
+    (place / "config.json").write_text("{}")
+    safetensors(place / "model.safetensors", cut)
+    if leave_out:
+        (place / leave_out).unlink()
+    return place
+
+
+def test_newest_whole_checkpoint_of_the_scripts(tmp_path):
+    script_checkpoint(tmp_path, 0, 900)
+    newest = script_checkpoint(tmp_path, 1, 1000)
+    assert checkpoints.newest_complete(str(tmp_path), "run") == (str(newest), [])
+    assert checkpoints.step_of(str(newest)) == 1000
+
+
+@pytest.mark.parametrize(
+    "fault", [{"leave_out": "training_state.pt"}, {"leave_out": "model.safetensors"}, {"leave_out": "config.json"}, {"cut": 3}]
+)
+def test_half_written_checkpoint_of_the_scripts_is_refused(tmp_path, fault):
+    good = script_checkpoint(tmp_path, 0, 900)
+    bad = script_checkpoint(tmp_path, 1, 1000, **fault)
+    newest, refused = checkpoints.newest_complete(str(tmp_path), "run")
+    assert newest == str(good) and [path for path, _reason in refused] == [str(bad)]
+
+
+def test_one_node_by_hand_and_in_a_batch_script():
+    for environment in ({}, {"SLURM_JOB_ID": "7", "SLURM_NNODES": "4", "SLURM_NODEID": "0"}):
+        nodes = Nodes.from_environment(environment)
+        assert nodes.count == 1 and nodes.first
+        assert nodes.torchrun("python", 4)[-1] == "--standalone"
+
+
+def test_nodes_of_a_step_meet_at_the_first():
+    step = {"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "2", "MASTER_ADDR": "gpu1", "MASTER_PORT": "24242"}
+    nodes = Nodes.from_environment(step)
+    assert not nodes.first
+    assert nodes.torchrun("python", 8) == [
+        "python", "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "8", "--node-rank", "2",
+        "--master-addr", "gpu1", "--master-port", "24242",
+    ]  # fmt: skip
