@@ -38,6 +38,9 @@ def main() -> int:
         print(f"setup: this collection's jobs need Linux, and this is {sys.platform}.", file=sys.stderr)
         return 2
     started = time.monotonic()
+    if "--links" in sys.argv[1:]:  # the environments come from a wheelhouse (docs/offline.md)
+        link_tree()
+        return 0
     try:
         python = interpreter()
         environment("controller", ROOT / ".venv", python, ROOT / "requirements/controller.txt", install_controller)
