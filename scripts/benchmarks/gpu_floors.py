@@ -60,7 +60,7 @@ def ceilings(folder: pathlib.Path) -> dict[str, Any]:
     size, side = (4 * GIB, 8192) if device == "cuda" else (GIB // 8, 512)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _side in range(2))
     product = torch.empty_like(left)
     host = torch.empty(size // 8, dtype=torch.uint8)
     pinned = host.pin_memory() if device == "cuda" else host
