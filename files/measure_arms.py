@@ -22,7 +22,7 @@ from typing import Any
 
 import dflash_vllm_eval as client
 from arm_servers import Fleet, RunningServer, Server, free_port
-from spec_decode import resolved
+from spec_decode import dcgm, resolved
 from spec_decode.arms import Arm, Step, arms, complete, key_of, remaining, resident, schedule
 from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
 from spec_decode.hardware import describe_hardware
@@ -136,13 +136,15 @@ class Session:
         server = self._fleet.servers[step.arm]
         for _attempt in range(1 + REPEATS):
             server.check_alive()
-            trial = client.run_trial(
-                server.url,
-                dataclasses.replace(self._load, concurrency=step.concurrency),
-                speculative=self._arms[step.arm].speculative_config is not None,
-                access=self._access,
-                num_speculative_tokens=self._arms[step.arm].num_speculative_tokens,
-            )
+            with dcgm.watching(self._plan["device_metrics"]) as device:
+                trial = client.run_trial(
+                    server.url,
+                    dataclasses.replace(self._load, concurrency=step.concurrency),
+                    speculative=self._arms[step.arm].speculative_config is not None,
+                    access=self._access,
+                    num_speculative_tokens=self._arms[step.arm].num_speculative_tokens,
+                )
+            trial["device"] = device.means
             del trial["snapshots"]
             if not trial["void"]:
                 break

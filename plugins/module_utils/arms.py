@@ -16,6 +16,7 @@ OPTIONAL: dict[str, Any] = {
     "aa_trials": 0,
     "sweep_num_speculative_tokens": [],
     "resident": "auto",
+    "device_metrics": "",
     "server_arguments": [],
     "server_environment": {},
     "ports": [],

@@ -163,6 +163,7 @@ def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[
         "concurrencies": serving["concurrencies"],
         "sweep_num_speculative_tokens": serving["sweep_k"],
         "resident": serving["resident"],
+        "device_metrics": serving["device_metrics"],
         "ports": serving["ports"],
         "startup_timeout_s": serving["startup_timeout_s"],
         "server_arguments": serving["server_arguments"],

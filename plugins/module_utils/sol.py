@@ -87,16 +87,17 @@ def share(
     }
 
 
-def rigor(profile: dict[str, Any] | None) -> tuple[str, list[str]]:
+def rigor(profile: dict[str, Any] | None, device: bool = False) -> tuple[str, list[str]]:
     """The level that the evidence supports, and what each level rests on.
 
     L1: timing at the client. L2: also the engine's own counters, agreeing in every trial. L3: also the device's
-    counters (DCGM) over the window. L4: also a kernel profile (nsys, ncu). A level counts only on those below it.
+    counters (DCGM), read during each trial (``device``) or saved meanwhile. L4: also a kernel profile (nsys, ncu).
+    A level counts only on those below it.
     """
     found = profile or {}
     rests = ["L1: timing at the client", "L2: the engine's histograms and counters agree in every trial"]
-    if found.get("dcgm"):
-        rests.append(f"L3: device counters, {', '.join(found['dcgm'])}")
+    if device or found.get("dcgm"):
+        rests.append(f"L3: device counters, {'over each trial' if device else ', '.join(found['dcgm'])}")
         if found.get("kernels"):
             rests.append(f"L4: kernel profile, {', '.join(found['kernels'])}")
     return f"L{len(rests)}", rests

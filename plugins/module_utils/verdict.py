@@ -158,7 +158,8 @@ class _Grounding:
     ) -> None:
         self._acceptance, self._config = acceptance, target_config
         self._ceiling = sol.ceiling_for(acceptance["hardware"]["name"], ceilings, ceilings.get("own"))
-        self.rigor, self.rests = sol.rigor(profile)
+        watched = [bool(trial.get("device")) for trial in acceptance["trials"] if not trial["void"]]
+        self.rigor, self.rests = sol.rigor(profile, bool(watched) and all(watched))
         # A trained draft is stored in bfloat16: two bytes a parameter.
         self._draft_bytes = 2 * convert["parameters"] if convert and convert.get("parameters") else None
 
@@ -365,9 +366,16 @@ def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
         "output_tokens_per_s": describe([c["output_tokens_per_s"] for c in client]),
         "output_tokens_mean": std.fmean(c["output_tokens"]["mean"] for c in client),
         "input_tokens_mean": std.fmean(c["input_tokens"]["mean"] for c in client),
+        "device": _device_means([trial.get("device") or {} for trial in trials]),
         "requests": sum(c["requests"] for c in client),
         "errors": sum(c["errors"] for c in client),
     }
+
+
+def _device_means(trials: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the trials of the device counters that all of them have."""
+    names = set(trials[0]).intersection(*trials[1:])
+    return {name: std.fmean(trial[name] for trial in trials) for name in sorted(names)}
 
 
 def _guardrails(
