@@ -5,6 +5,7 @@
 # Ansible refuses to start in a locale that is not UTF-8.
 export LC_ALL := C.UTF-8
 METHOD ?= eagle3
+SITE ?= local
 PYTHON := $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 
 .PHONY: help setup demo test test-fast bench wheelhouse clean
@@ -15,8 +16,8 @@ help: ## show this list
 setup: ## make the environments inside the checkout
 	@$(PYTHON) scripts/setup.py
 
-demo: setup ## the whole loop, for real, on a small target (METHOD=eagle3 or dflash)
-	@.venv/bin/python scripts/demo.py --method $(METHOD)
+demo: setup ## the whole loop, for real, on a small target (METHOD=eagle3 or dflash, SITE=local or slurm)
+	@.venv/bin/python scripts/demo.py --method $(METHOD) --site $(SITE)
 
 test: setup ## every check and test
 	@.venv/bin/python scripts/check.py

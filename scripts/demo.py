@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORK = ROOT / ".demo"
@@ -23,6 +26,7 @@ PHASES = {"dataset": "dataset", "capture": "capture", "train": "train", "convert
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=("eagle3", "dflash"), default="eagle3")
+    parser.add_argument("--site", choices=("local", "slurm"), default="local", help="where the jobs run")
     parser.add_argument("--target", type=pathlib.Path, default=WORK / "targets/tiny-chat")
     parser.add_argument("--timings", type=pathlib.Path, help="write the times of this run as JSON")
     parser.add_argument("extra", nargs="*", help="more arguments for ansible-playbook, after --")
@@ -33,13 +37,18 @@ def main() -> int:
     elif subprocess.run(build_command(options.target), env=environment(), check=False).returncode:
         return 1
     built = time.monotonic()
-    command = playbook_command(options.target, options.method, options.extra)
-    print(f"\n$ {shlex.join(command)}\n", flush=True)
-    code = subprocess.run([str(ROOT / ".venv/bin" / command[0]), *command[1:]], cwd=ROOT, check=False).returncode
-    played = time.monotonic()
+    command = playbook_command(options.site, options.target, options.method, options.extra)
+    with slurm() if options.site == "slurm" else contextlib.nullcontext({}) as variables:
+        print(f"\n$ {shlex.join(command)}\n", flush=True)
+        played = time.monotonic()
+        code = subprocess.run(
+            [str(ROOT / ".venv/bin" / command[0]), *command[1:]], cwd=ROOT, env={**os.environ, **variables}, check=False
+        ).returncode
+        played = time.monotonic() - played
     if code == 0 and "--check" not in options.extra:
         experiment = f"{options.target.name}-{options.method}"
-        show_times(phase_times(WORK / experiment / "spec-decode/results"), built - started, played - built, options.timings)
+        results = work(options.site) / experiment / "spec-decode/results"
+        show_times(phase_times(results), built - started, played, options.timings)
     return code
 
 
@@ -50,11 +59,40 @@ def build_command(target: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-def playbook_command(target: pathlib.Path, method: str, extra: list[str]) -> list[str]:
+def work(site: str) -> pathlib.Path:
+    return WORK if site == "local" else WORK / site
+
+
+def playbook_command(site: str, target: pathlib.Path, method: str, extra: list[str]) -> list[str]:
+    # Sized for a small machine by the local site, run as the chosen site runs its jobs, on the same data.
+    inventories = ["local"] if site == "local" else ["local", site]
+    sources = [{"path": f"{WORK}/data/sharegpt.json"}, {"path": f"{WORK}/data/ultrachat.jsonl"}]
     return [
-        "ansible-playbook", "playbooks/train_draft.yml", "-i", "inventories/local",
+        "ansible-playbook", "playbooks/train_draft.yml", *[f"--inventory=inventories/{name}" for name in inventories],
+        *(["-e", json.dumps({"spec_sources": sources, "spec_poll_interval": 3})] if site != "local" else []),
         "-e", f"target={target}", "-e", f"method={method}", "-e", "chat_template=qwen", *extra,
     ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def slurm() -> Iterator[dict[str, str]]:
+    """The project's own Slurm on this machine, for as long as the play runs; a job that it leaves goes on, and is found again."""
+    sys.path.insert(0, str(ROOT / "tests/slurm"))
+    import cluster
+
+    folder = WORK / "slurm-site"
+    if len(str(folder)) > cluster.LONGEST_FOLDER:
+        folder = pathlib.Path(tempfile.gettempdir()) / f"spec-decode-slurm-{os.getuid()}"
+    try:
+        site = cluster.Cluster(folder, cluster.Settings()).up()
+    except cluster.CannotRun as error:
+        raise SystemExit(f"demo: no Slurm can run here: {error}") from error
+    print(f"demo: a real Slurm in {folder}:\n{site.run('sinfo', '--Node', '--long')}", flush=True)
+    try:
+        yield site.environment
+    finally:
+        print(f"demo: its jobs:\n{site.run('squeue', '--states=all', '--format=%i %j %T %N %M')}", flush=True)
+        site.down()
 
 
 def environment() -> dict[str, str]:

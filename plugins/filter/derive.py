@@ -11,6 +11,7 @@ from typing import Any
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
     awx,
     candidate,
+    chain,
     derive,
     experiment,
     fit,
@@ -19,6 +20,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     plots,
     report,
     status,
+    targets,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils import draft_config as drafts
 from ansible_collections.inference.spec_decode.plugins.plugin_utils.filters import as_filter
@@ -40,6 +42,7 @@ class FilterModule:
             "awx_job_templates": awx.job_templates,
             "awx_workflow_nodes": awx.workflow_nodes,
             "aux_layers": layers.aux_layers,
+            "chain": chain.links,
             "context_line": report.context_line,
             "dflash_target_layers": layers.dflash_target_layers,
             "draft_config": draft_config,
@@ -51,6 +54,7 @@ class FilterModule:
             "served_aux_layers": layers.served_aux_layers,
             "spec_slug": derive.spec_slug,
             "status_lines": status.status_lines,
+            "targets": targets.named,
             "verdict_fact": report.verdict_fact,
             "verdict_plots": plots.figures,
             "verdict_lines": status.verdict_lines,

@@ -27,6 +27,13 @@ from .specforge import (
     script_path,
 )
 
+#: what one job writes and another reads, by its path below the bundle: known by the job, for the file may not be there yet
+WRITERS = {
+    "data/manifest.json": "dataset",
+    "features/manifest.json": "capture",
+    "train/manifest.json": "train",
+    "results/draft.json": "convert",
+}
 #: names of shell variables that a site may add to its jobs
 VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
@@ -256,7 +263,8 @@ def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
         phase: {
             "script": f"{bundle}/slurm/{SCRIPTS[phase]}.sbatch",
             "environment": {name: recipe[name] for name in names},
-            "inputs": [f"{bundle}/{path}" for path in inputs]
+            "needs": [WRITERS[path] for path in inputs if path in WRITERS],
+            "inputs": [f"{bundle}/{path}" for path in inputs if path not in WRITERS]
             + ([str(source["path"]) for source in experiment["dataset"]["sources"]] if phase == "dataset" else []),
             "result": f"{bundle}/results/{results.get(phase, phase)}.json",
         }

@@ -104,6 +104,8 @@ class JobSpec:
     inputs: tuple[str, ...] = ()
     #: jobs of the same experiment that write what this one reads
     needs: tuple[str, ...] = ()
+    #: jobs of the same experiment that must succeed first, though this one reads nothing of theirs
+    after: tuple[str, ...] = ()
     #: what the job runs after its script succeeded, such as a gate; no part of the work
     verify: tuple[str, ...] = ()
     result: str = ""

@@ -212,12 +212,12 @@ class SlurmExecutor:
         return found
 
     def _needed(self, spec: JobSpec) -> Iterable[str]:
-        for name in unmet_needs(spec):
+        for name in (*unmet_needs(spec), *spec.after):
             seen = query(dataclasses.replace(spec, name=name), self).sighting
             if seen.state is State.COMPLETED:
                 continue
             if seen.state is State.UNKNOWN:
-                raise Unanswered(f"Whether job {name!r}, which {spec.name!r} needs, is alive is not known: {seen.reason}.")
+                raise Unanswered(f"Whether job {name!r}, which {spec.name!r} waits for, is alive is not known: {seen.reason}.")
             if seen.state not in ALIVE:
                 raise SpecDecodeError(
                     f"Job {spec.name!r} needs job {name!r}, which is neither complete nor active ({seen.state.value}).",
@@ -273,7 +273,9 @@ def requested(spec: JobSpec, script: str) -> dict[str, Any]:
             found[name] = value
         else:
             raise SpecDecodeError(f"The sbatch option {name!r} is set by the module itself.", "Leave it out of options.")
-    forbidden = sorted({"array", "dependency", "clusters"} & set(options_of(script)))
+    directives = options_of(script)
+    own = {"array", "dependency", *([] if directives.get("clusters") == dict(spec.options).get("cluster") else ["clusters"])}
+    forbidden = sorted(own & set(directives))
     if forbidden:
         raise SpecDecodeError(
             f"The script {spec.script} sets --{forbidden[0]} in a directive, which the module has to know of.",

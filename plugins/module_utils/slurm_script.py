@@ -26,12 +26,11 @@ fi
 rm -f "$exit_note"
 echo "--- job $me restart ${SLURM_RESTART_COUNT:-0} on $(hostname) at $(date -u +%FT%TZ)"
 
-# Slurm tells every process of a job to end; what it sends to the batch script alone is passed on.
+# What Slurm sends to the batch script alone, as a warning before the time limit, is passed on.
 "$@" &
 child=$!
 interrupted=
-trap 'interrupted=1' TERM INT
-for name in HUP QUIT USR1 USR2; do trap "interrupted=1; kill -s $name $child 2>/dev/null || true" "$name"; done
+for name in TERM INT HUP QUIT USR1 USR2; do trap "interrupted=1; kill -s $name $child 2>/dev/null || true" "$name"; done
 while :; do
   interrupted=
   wait "$child"; code=$?

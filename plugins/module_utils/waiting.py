@@ -35,7 +35,10 @@ def clock(seconds: float) -> str:
 
 def progress_line(job: dict[str, Any]) -> str:
     """One job as one line: ``train RUNNING 01:12:33 on gpu[3-4] · step 1200/10000 · acc_0 0.61``."""
-    return _line(job, f" {clock(job['elapsed_s'])}" if job.get("elapsed_s") else "")
+    elapsed = job.get("elapsed_s")
+    if elapsed is None or (elapsed == 0 and job["state"] != "RUNNING"):
+        return _line(job, "")
+    return _line(job, f" {clock(elapsed)}")
 
 
 def progress_mark(job: dict[str, Any]) -> str:

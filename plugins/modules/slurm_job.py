@@ -71,6 +71,13 @@ options:
     type: list
     elements: str
     default: []
+  after:
+    description:
+      - Names of jobs of the same experiment that must succeed before this Slurm job starts, though it reads nothing of
+        theirs. No part of the fingerprint.
+    type: list
+    elements: str
+    default: []
   verify:
     description:
       - Command that a Slurm job runs after its script succeeded, as a list, for example a gate. If it fails, the job fails,
@@ -350,6 +357,7 @@ def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
         environment=tuple((key, str(value)) for key, value in params["environment"].items()),
         inputs=tuple(params["inputs"]),
         needs=tuple(params["needs"]),
+        after=tuple(params["after"]),
         verify=tuple(params["verify"]),
         result=params["result"] or "",
         chdir=params["chdir"] or "",
@@ -452,6 +460,7 @@ def main() -> None:
             "environment": {"type": "dict", "default": {}},
             "inputs": {"type": "list", "elements": "path", "default": []},
             "needs": {"type": "list", "elements": "str", "default": []},
+            "after": {"type": "list", "elements": "str", "default": []},
             "verify": {"type": "list", "elements": "str", "default": []},
             "result": {"type": "path"},
             "chdir": {"type": "path"},

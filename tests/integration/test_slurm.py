@@ -25,7 +25,7 @@ import time
 import uuid
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
+from ansible_collections.inference.spec_decode.plugins.module_utils import bench_window, jobs
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError, Unanswered
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import ALIVE, Action, Policy, State
 from ansible_collections.inference.spec_decode.plugins.module_utils.local_executor import marked_processes
@@ -659,9 +659,10 @@ def playbook(folder, arguments: dict, **play) -> str:
     return str(path)
 
 
-def run_play(path: str, *arguments: str) -> subprocess.Popen:
+def run_play(path: str, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [str(ROOT / ".venv/bin/ansible-playbook"), "-i", "inventories/local", path, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finished(process: subprocess.Popen, code: int = 0) -> str:
@@ -693,3 +694,69 @@ def test_failure_shows_the_end_of_the_log(site, tmp_path):
     output = finished(run_play(playbook(tmp_path, task(spec, attempts=1, poll_interval=1))), code=2)
     assert "ended as FAILED" in output and "exit code 4" in output and "the reason why" in output
     assert "Traceback" not in output
+
+
+@fault
+def test_wait_survives_a_lost_connection(site, tmp_path):
+    """The line is dead for a while in the middle of the wait; the job and the play go on."""
+    spec = site.spec(
+        'echo \'{"text": "step 1200/10000 · acc_0 0.61"}\' > "$SPEC_DECODE_PROGRESS"; until [ -e enough ]; do sleep 0.2; done'
+    )
+    broken = tmp_path / "broken"
+    process = run_play(
+        playbook(tmp_path, task(spec, poll_interval=1)), "-e", "ansible_connection=flaky",
+        ANSIBLE_CONNECTION_PLUGINS=str(ROOT / "tests/slurm/connection"), FLAKY_BROKEN=str(broken),
+    )  # fmt: skip
+    shown = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        shown.append(line)
+        if "step 1200/10000" in line and not any("is lost" in other for other in shown):
+            broken.touch()
+        if "the connection is lost, trying again: " in line:
+            broken.unlink(missing_ok=True)
+            open(os.path.join(spec.chdir, "enough"), "w").close()
+    output = "".join(shown)
+    assert process.wait() == 0, output
+    assert re.search(r"work RUNNING \d\d:\d\d:\d\d on n1 · step 1200/10000 · acc_0 0.61", output), output
+    assert "the connection is lost" in output and "state: COMPLETED" in output and "submitted: true" in output
+    assert site.starts(spec) == 1
+
+
+@fault
+def test_wait_survives_a_controller_that_is_away(site, tmp_path):
+    spec = site.spec("sleep 3")
+    process = run_play(playbook(tmp_path, task(spec, poll_interval=1)))
+    until(lambda: site.starts(spec), "the job starts")
+    with site.cluster.stopped("slurmctld"):
+        shown = until(
+            lambda: "no answer, asking again" in (process.stdout.readline() if process.stdout else ""), "the play notices"
+        )
+    assert shown and "state: COMPLETED" in finished(process)
+    assert site.starts(spec) == 1
+
+
+def test_play_ends_without_waiting_and_a_later_one_attaches(site, tmp_path):
+    spec = site.spec("exec sleep 3")
+    output = finished(run_play(playbook(tmp_path, task(spec, wait=False))))
+    assert "action: submit" in output and re.search("state: (PENDING|RUNNING)", output)
+    output = finished(run_play(playbook(tmp_path, task(spec, poll_interval=1))))
+    assert "changed=0" in output and "state: COMPLETED" in output and site.starts(spec) == 1
+
+
+def test_node_is_drained_for_a_measurement_and_resumed_after_an_aborted_play(site, tmp_path):
+    path, slurm = str(tmp_path / "jobs/bench_window.json"), Slurm()
+    opened = bench_window.open_window(path, "tiny", "n2", "validate", "TPOT of both arms", Serving(), slurm)
+    assert opened["changed"]
+    shown = site.cluster.run("scontrol", "show", "node", "n2")
+    assert "DRAIN" in shown and re.search(r"Reason=spec_decode:tiny: TPOT of both arms \(\w+, 20", shown), shown
+    kept_off = site.spec("true", options=(("nodelist", "n2"),))
+    submitted(kept_off)
+    # The play dies here. The next one, or the teardown, closes whatever its experiment left open.
+    arguments = {"experiment": "tiny", "directory": str(tmp_path / "jobs"), "state": "closed"}
+    play = playbook(tmp_path, {}, tasks=[{"inference.spec_decode.bench_window": arguments}])
+    assert "changed=1" in finished(run_play(play)) and "changed=0" in finished(run_play(play))
+    assert "DRAIN" not in site.cluster.run("scontrol", "show", "node", "n2")
+    assert ended(kept_off).nodes == "n2"
+    with pytest.raises(SpecDecodeError, match="not for 'train'"):
+        bench_window.open_window(path, "tiny", "n2", "train", "faster", Serving(), slurm)

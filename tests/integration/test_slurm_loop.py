@@ -1,0 +1,161 @@
+# Copyright (c) inference.spec_decode contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The phases as Slurm jobs: a chain that needs no controller, preempted in the middle of real training, and its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests/slurm"))
+from cluster import CannotRun, Cluster, Settings
+
+LIMIT_S = 400
+EXPERIMENT = "chain-test"
+STEPS = 90
+TRAINING = {
+    "batch_size": 8, "learning_rate": 0.002, "warmup_ratio": 0.05, "max_grad_norm": 1.0, "ttt_length": 3, "num_epochs": 100,
+    "attention_backend": "sdpa", "fsdp_sharding": "NO_SHARD", "save_interval": 15, "log_interval": 5,
+}  # fmt: skip
+
+
+class Site:
+    """The two inventories of the demonstration, on a cluster of the test's own."""
+
+    def __init__(self, cluster: Cluster, built) -> None:
+        self.cluster, self.target = cluster, built.target
+        self.work = built.work / "slurm"
+        self.bundle = self.work / EXPERIMENT / "spec-decode"
+        self.settings = {
+            "chat_template": "qwen", "spec_work_dir": str(self.work), "spec_verdicts_dir": str(self.work / "host_vars"),
+            "spec_sources": [{"path": f"{built.data}/sharegpt.json"}, {"path": f"{built.data}/ultrachat.jsonl"}],
+            "spec_train_rows": 120, "spec_eval_rows": 8, "spec_max_new_tokens": 40, "spec_train_steps": STEPS,
+            "spec_training": {"eagle3": TRAINING}, "spec_thresholds": {"training": {"min_accuracy": 0.1}},
+            "spec_poll_interval": 1, "spec_stop_phase": "train", "spec_untrained_check": False,
+        }  # fmt: skip
+
+    def play(self, playbook: str, code: int = 0, **extra) -> str:
+        answer = subprocess.run(
+            [str(ROOT / ".venv/bin/ansible-playbook"), f"playbooks/{playbook}.yml", "-i", "inventories/local",
+             "-i", "inventories/slurm", "-e", json.dumps({**self.settings, **extra})],
+            cwd=ROOT, env={**os.environ, **self.cluster.environment}, capture_output=True, text=True, timeout=LIMIT_S,
+            check=False,
+        )  # fmt: skip
+        assert answer.returncode == code, answer.stdout[-6000:] + answer.stderr[-2000:]
+        return answer.stdout
+
+    def jobs(self) -> dict[str, list[str]]:
+        """Ids of the jobs that Slurm knows, by ``experiment.phase``."""
+        found: dict[str, list[str]] = {}
+        for line in self.cluster.run("squeue", "-h", "-t", "all", "-O", "JobID:|,Name:|").splitlines():
+            job_id, name = line.split("|")[:2]
+            found.setdefault(name.rpartition(".")[0], []).append(job_id)
+        return found
+
+    def state(self, job_id: str) -> str:
+        return self.cluster.run("squeue", "-h", "-t", "all", "-j", job_id, "-O", "State:|").split("|")[0]
+
+    def result(self, phase: str) -> dict:
+        return json.loads((self.bundle / f"results/{phase}.json").read_text())
+
+
+def until(condition, what):
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.3)
+    pytest.fail(f"not within {LIMIT_S} s: {what}")
+
+
+@pytest.fixture(scope="module")
+def site(built):
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="sd-slurm-"))
+    folder.chmod(0o755)
+    try:
+        cluster = Cluster(folder / "c", Settings()).up()
+    except CannotRun as error:
+        shutil.rmtree(folder)
+        pytest.skip(f"no Slurm can run here: {error}")
+    yield Site(cluster, built)
+    cluster.run("scancel", f"--user={os.getuid()}", check=False)
+    cluster.down()
+    shutil.rmtree(folder)
+
+
+def test_several_drafts_are_submitted_before_any_is_waited_for(site, tmp_path):
+    targets = tmp_path / "targets.yml"
+    targets.write_text(json.dumps([{"target": str(site.target), "experiment": f"side-{side}"} for side in "ab"]))
+    output = site.play("train_drafts", targets_file=str(targets), spec_chain=True)
+    assert "The chain of side-a runs by itself" in output and "The chain of side-b runs by itself" in output
+    jobs = site.jobs()
+    assert sorted(jobs) == sorted(f"side-{side}.{phase}" for side in "ab" for phase in ("dataset", "capture", "train"))
+    for side in "ab":
+        site.play("teardown", experiment=f"side-{side}")
+    assert not {site.state(job_id) for ids in jobs.values() for job_id in ids} & {"PENDING", "RUNNING"}
+
+
+def test_chain_runs_by_itself_and_outlives_a_preemption_in_mid_training(site):
+    """Real training, pushed off its node by a higher partition, goes on from its newest checkpoint under the same id."""
+    site.play("train_draft", target=str(site.target), experiment=EXPERIMENT, spec_chain=True)
+    (train,) = site.jobs()[f"{EXPERIMENT}.train"]
+    until(lambda: list(site.bundle.glob("train/*/*-step15/training_state.pt")), "training is under way")
+    node = site.cluster.run("squeue", "-h", "-j", train, "-o", "%N").strip()
+    urgent = site.cluster.run(
+        "sbatch", "--parsable", "-o", "/dev/null", "-p", "serving", "--exclusive", "-w", node, "--wrap=sleep 1"
+    ).strip()
+    until(lambda: site.cluster.run("squeue", "-h", "-j", train, "-O", "RestartCnt:|").startswith("1|"), "training is preempted")
+    assert not (site.bundle / "results/train.json").exists()
+    until(lambda: site.state(urgent) == "COMPLETED", "the urgent job is done")
+    site.cluster.run("scontrol", "update", f"job={train}", "starttime=now")
+    until((site.bundle / "results/train.json").exists, "training ends")
+    until(lambda: site.state(train) == "COMPLETED", "the gate in the job is green")
+    found = site.result("train")
+    assert found["resumed_at"] >= 15 and found["steps"] == STEPS
+    assert site.jobs()[f"{EXPERIMENT}.train"] == [train]
+
+
+def test_later_play_attaches_to_the_chain_and_does_no_work(site):
+    before = {phase: site.result(phase)["finished_at"] for phase in ("dataset", "capture", "train")}
+    output = site.play("train_draft", target=str(site.target), experiment=EXPERIMENT)
+    assert "changed=0" in output and "Stopped after train" in output
+    assert {phase: site.result(phase)["finished_at"] for phase in before} == before
+
+
+def test_preempted_training_equals_an_undisturbed_one(site, tmp_path):
+    found = site.result("train")
+    recipe = f'. "{site.bundle}/recipe.env"; cd "{site.bundle}"'
+    subprocess.run(
+        ["bash", "-c", f'set -eu; {recipe}; exec "$ENGINE_PYTHON" train_draft.py --config "$TRAIN_CONFIG" --features features'
+         ' --target-model-path "$TARGET_MODEL_PATH" --aux-layers "$AUX_LAYERS" --output "$1" --result "$1/train.json"',
+         "undisturbed", str(tmp_path)],
+        check=True, capture_output=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    undisturbed = json.loads((tmp_path / "train.json").read_text())
+    assert undisturbed["resumed_at"] == 0 and undisturbed["steps"] == found["steps"]
+    assert found["last"]["loss"] == pytest.approx(undisturbed["last"]["loss"], rel=0.05)
+    assert found["last"]["acc_0"] == pytest.approx(undisturbed["last"]["acc_0"], abs=0.05)
+
+
+def test_red_gate_stops_the_chain(site):
+    """A threshold that no draft reaches: the work is done, its gate in the job is red, and nothing after it starts."""
+    red = {"experiment": "red-test", "spec_thresholds": {"dataset": {"max_mask_outside_fraction": -1}}}
+    site.play("train_draft", target=str(site.target), spec_chain=True, **red)
+    jobs = {name.partition(".")[2]: ids[0] for name, ids in site.jobs().items() if name.startswith("red-test.")}
+    until(lambda: site.state(jobs["train"]) == "CANCELLED", "Slurm gives the rest up")
+    assert site.state(jobs["dataset"]) == "FAILED" and site.state(jobs["capture"]) == "CANCELLED"
+    log = (site.work / "red-test/spec-decode/jobs/dataset/output.log").read_text()
+    assert "The dataset gate is red" in log
+    output = site.play("train_draft", code=2, target=str(site.target), **red)
+    assert "The dataset gate is red" in " ".join(output.split())
