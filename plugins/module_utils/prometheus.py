@@ -25,7 +25,7 @@ def window_snapshots(
 ) -> tuple[list[Snapshot], list[Snapshot]]:
     """The snapshots at ``start`` and at ``end`` of every target that ``selector`` chooses; what lies between is checked."""
     first, last = instant(start), instant(end)
-    if not last > first:
+    if last <= first:
         raise SpecDecodeError(
             f"The range ends at {end}, which is not after its start at {start}.", "Give an end after the start."
         )
@@ -42,9 +42,11 @@ def window_snapshots(
 def instant(text: str) -> float:
     """Seconds since the epoch, from such a number or a time of RFC 3339."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        pass  # no number; a date then
+        seconds = math.nan  # no number; a date then
+    if math.isfinite(seconds):
+        return seconds
     try:
         found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
     except ValueError:

@@ -260,6 +260,7 @@ def test_what_happened_between_the_ends_is_seen(name, instance, values, words):
         ({"selector": 'job="other"'}, r'No scrape target matches \{job="other"\} in the range'),
         ({"start": "1600"}, "which is not after its start at 1600"),
         ({"start": "yesterday"}, "'yesterday' is no time"),
+        ({"end": "nan"}, "'nan' is no time"),
         ({"start": "2026-01-31T12:00:00"}, "a date with its zone"),
         ({"model_name": "n"}, "serves m, not n"),
         ({"driven": 59}, "finished 60 requests in the window, but only 59 were driven"),
