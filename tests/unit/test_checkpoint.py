@@ -231,6 +231,16 @@ def test_embedding_of_an_unknown_name(target):
     assert (found["embedding_key"], found["lm_head_key"]) == ("model.tokens", "head")
 
 
+def test_a_shallow_target_needs_its_layers_given(target):
+    (target / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 4}))
+    with pytest.raises(SpecDecodeError, match="is too shallow .* Give the layers yourself, for example -e aux_layers=0,1,2"):
+        derive.plan(str(target), "eagle3")
+    plan = derive.plan(str(target), "eagle3", {"aux_layers": "0,1,2"})
+    draft = plan["derivation"]["draft_configs"]["eagle3"]["eagle_config"]
+    assert draft["value"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2] and draft["source"] == "explicit"
+    assert "too shallow for a DFlash draft of 5 layers" in plan["derivation"]["draft_configs_refused"]["dflash"]
+
+
 @pytest.mark.parametrize(
     ("method", "number", "words"),
     [
