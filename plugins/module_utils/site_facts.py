@@ -49,7 +49,8 @@ def slurm_nodes(partition: str, limit_s: float = 20.0) -> tuple[list[Node], str]
     except (OSError, subprocess.TimeoutExpired):
         return [], f"sinfo did not answer within {limit_s:.0f} s"
     if answer.returncode:
-        return [], " ".join(answer.stderr.split()) or f"sinfo ended with exit code {answer.returncode}"
+        # Its last line says what it failed at; those before say how it tried.
+        return [], (answer.stderr.strip().splitlines() or [f"sinfo ended with exit code {answer.returncode}"])[-1]
     return parse_nodes(answer.stdout), ""
 
 
