@@ -18,6 +18,10 @@ Evidence = dict[str, Any]
 Thresholds = dict[str, Any]
 
 
+#: the page whose sections are named like the gates
+RUNBOOK = "docs/runbook.md"
+
+
 @dataclasses.dataclass
 class GateResult:
     """Whether a gate is green, the figures it looked at, and for a red one why and what to do."""
@@ -30,7 +34,10 @@ class GateResult:
 
     def message(self, gate: str) -> str:
         """A red gate as one text for a person."""
-        return f"The {gate} gate is red: {'; '.join(self.reasons)}. Likely cause: {self.cause} Next: {self.remedy}"
+        return (
+            f"The {gate} gate is red: {'; '.join(self.reasons)}. Likely cause: {self.cause} Next: {self.remedy}"
+            f" More: {RUNBOOK}#{gate}"
+        )
 
 
 def evaluate(gate: str, evidence: Evidence, thresholds: Thresholds | None = None) -> GateResult:

@@ -15,12 +15,16 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils.local_executor import marked_processes, stop_marked
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests/support"))
+import schemas
+
 EXPERIMENT = "loop-test"
 LIMIT_S = 900
 
@@ -173,6 +177,11 @@ def test_evidence_of_each_phase(loop):
     convert = loop.result("convert")
     assert convert["loads"] and convert["layers_served"] == [2, 4, 5]
     assert os.path.isfile(os.path.join(convert["draft_dir"], "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", schemas.NAMES)
+def test_results_are_as_their_schemas_say(loop, name):
+    assert schemas.problems(name, loop.result(name)) == []
 
 
 def test_reports_and_facts_are_written(loop):
