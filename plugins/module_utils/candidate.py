@@ -15,6 +15,7 @@ from .errors import SpecDecodeError
 from .evidence import draft_sha
 from .experiment import arms_plan, bundle_of, checked_name, site_variables
 from .files import sha256_value
+from .launchers import launchers
 
 #: methods whose draft is part of the target, or no model at all
 WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix", "mtp")
@@ -73,6 +74,7 @@ def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "candidate": candidate,
         "prompts": settings["prompts_file"],
     }
+    experiment["launch"] = launchers(settings["slurm"], settings["slurm_phases"], name)
     plan = arms_plan(experiment, settings["prompts_file"], settings["seed"], config)
     experiment["recipe"] = {
         **site_variables(settings["job"]["environment"]),
@@ -91,7 +93,7 @@ def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             "result": f"{bundle}/results/acceptance.json",
         }
     }
-    stated = {key: value for key, value in experiment.items() if key not in ("recipe", "jobs")}
+    stated = {key: value for key, value in experiment.items() if key not in ("recipe", "launch", "jobs")}
     # By way of JSON: inside Ansible these are its own kinds of list and text.
     stated = json.loads(json.dumps(stated))
     experiment["documents"] = {

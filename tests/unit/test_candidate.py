@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import shlex
 import struct
+import subprocess
 
+import jinja2
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import candidate
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
+TEMPLATES = pathlib.Path(__file__).resolve().parent.parent.parent / "templates"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 SERVING = {
     "server_arguments": [], "server_environment": {"A": 1}, "standing_config": {}, "prompts": 2, "max_tokens": 8,
@@ -45,7 +50,7 @@ def prompts(tmp_path):
 def test_method_without_a_model_is_one_measuring_job(target, prompts, tmp_path):
     facts = candidate.inspect(target, NGRAM, prompts, 2)
     settings = {"name": "", "work_dir": str(tmp_path), "engine_python": "/e/python", "job": {"environment": {"SITE": "x"}},
-                "serving": SERVING, "seed": 7, "prompts_file": prompts}  # fmt: skip
+                "serving": SERVING, "seed": 7, "prompts_file": prompts, "slurm": {}, "slurm_phases": {}}  # fmt: skip
     experiment = candidate.compose(facts, settings)
     assert experiment["name"] == "some-target-ngram-candidate" and list(experiment["jobs"]) == ["validate"]
     arms = experiment["documents"]["configs/arms.json"]["arms"]
@@ -53,6 +58,26 @@ def test_method_without_a_model_is_one_measuring_job(target, prompts, tmp_path):
     assert experiment["documents"]["results/draft.json"]["sha"] is None
     assert prompts in experiment["jobs"]["validate"]["inputs"] and experiment["recipe"]["SITE"] == "x"
     assert any("no speculation" in line for line in candidate.table(experiment))
+
+
+def test_launcher_of_a_candidate_runs_the_measurement_and_nothing_else(target, prompts, tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+    settings = {"name": "", "work_dir": str(tmp_path), "engine_python": str(stub), "job": {"environment": {}},
+                "serving": SERVING, "seed": 7, "prompts_file": prompts, "slurm": {}, "slurm_phases": {}}  # fmt: skip
+    experiment = candidate.compose(candidate.inspect(target, NGRAM, prompts, 2), settings)
+    bundle = pathlib.Path(experiment["bundle"])
+    (bundle / "slurm").mkdir(parents=True)
+    loader = jinja2.Environment(loader=jinja2.FileSystemLoader([TEMPLATES, TEMPLATES / "slurm"]), trim_blocks=True)
+    loader.filters["quote"] = shlex.quote
+    for name in ("recipe.env", "slurm/site.sh", "slurm/eval.sbatch"):
+        (bundle / name).write_text(loader.get_template(f"{name}.j2").render(experiment=experiment) + "\n")
+    answer = subprocess.run(["bash", str(bundle / "slurm/eval.sbatch")], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.split() == [
+        "measure_arms.py", "--plan", "configs/arms.json", "--draft", "results/draft.json", "--out", "results/acceptance.json"
+    ]  # fmt: skip
 
 
 def test_public_draft_is_known_by_its_content(target, prompts, tmp_path):
