@@ -66,10 +66,14 @@ def work(site: str) -> pathlib.Path:
 def playbook_command(site: str, target: pathlib.Path, method: str, extra: list[str]) -> list[str]:
     # Sized for a small machine by the local site, run as the chosen site runs its jobs, on the same data.
     inventories = ["local"] if site == "local" else ["local", site]
-    sources = [{"path": f"{WORK}/data/sharegpt.json"}, {"path": f"{WORK}/data/ultrachat.jsonl"}]
+    settings = {
+        "spec_sources": [{"path": f"{WORK}/data/sharegpt.json"}, {"path": f"{WORK}/data/ultrachat.jsonl"}],
+        "spec_confirm_shared_work_dir": True,  # all nodes are this machine
+        "spec_poll_interval": 3,
+    }
     return [
         "ansible-playbook", "playbooks/train_draft.yml", *[f"--inventory=inventories/{name}" for name in inventories],
-        *(["-e", json.dumps({"spec_sources": sources, "spec_poll_interval": 3})] if site != "local" else []),
+        *(["-e", json.dumps(settings)] if site != "local" else []),
         "-e", f"target={target}", "-e", f"method={method}", "-e", "chat_template=qwen", *extra,
     ]  # fmt: skip
 

@@ -20,6 +20,8 @@ def links(experiment: dict[str, Any], phases: Sequence[str], thresholds: dict[st
     checked = ["untrained"] if wanted[:1] == ["untrained"] else []
     return [
         {
+            # Ansible runs two hosts' equal includes as one, out of their order: a link is its experiment's alone.
+            "experiment": experiment["name"],
             "phase": phase,
             "after": checked if number == 1 else [],
             "verify": _judge(experiment, phase, thresholds),

@@ -42,6 +42,7 @@ class Site:
             "spec_train_rows": 120, "spec_eval_rows": 8, "spec_max_new_tokens": 40, "spec_train_steps": STEPS,
             "spec_training": {"eagle3": TRAINING}, "spec_thresholds": {"training": {"min_accuracy": 0.1}},
             "spec_poll_interval": 1, "spec_stop_phase": "train", "spec_untrained_check": False,
+            "spec_confirm_shared_work_dir": True,
         }  # fmt: skip
 
     def play(self, playbook: str, code: int = 0, **extra) -> str:

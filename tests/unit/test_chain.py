@@ -17,6 +17,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.errors impor
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PHASES = ("dataset", "capture", "train", "convert", "validate")
 EXPERIMENT = {
+    "name": "tiny-eagle3",
     "bundle": "/work/it's/spec-decode", "engine_python": "/engine/python", "aux_layers": [1, 3, 4],
     "jobs": {phase: {"result": f"/work/results/{phase}.json"} for phase in PHASES},
 }  # fmt: skip
