@@ -10,19 +10,15 @@ Arms that take turns on one node are measured in several sessions, whose configu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import urllib.error
-import urllib.request
-from typing import Any
 
 import measure_arms
 from spec_decode import resolved
-from spec_decode.errors import SpecDecodeError
 from spec_decode.files import read_json_object, write_json
 from spec_decode.framing import frame
 from spec_decode.program import run
+from spec_decode.vllm_metrics import Access
 
 
 def main() -> None:
@@ -36,23 +32,12 @@ def main() -> None:
     before = f"{options.out}.measured"
     sys.argv = ["measure_arms.py", "--plan", options.plan, "--out", before]
     measure_arms.main()
-    measured = {**read_json_object(before, "measurement"), "configs": {arm["name"]: configuration(arm) for arm in plan["arms"]}}
+    access = Access(os.environ.get("VLLM_API_KEY", ""), plan.get("ca_path", ""))
+    configs = {arm["name"]: resolved.of_running(arm["url"], access)[0] for arm in plan["arms"]}
+    measured = {**read_json_object(before, "measurement"), "configs": configs}
     write_json(options.out, measured)
     if options.print:
         print(frame(measured), flush=True)
-
-
-def configuration(arm: dict[str, Any]) -> dict[str, Any]:
-    """What the arm's server resolved its configuration to, flat."""
-    url = f"{arm['url']}/server_info?config_format=json"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return resolved.flatten(json.load(answer))
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise SpecDecodeError(
-            f"The {arm['name']} arm's server does not tell its resolved configuration at {url}: {error}.",
-            "It must run with VLLM_SERVER_DEV_MODE=1.",
-        ) from error
 
 
 if __name__ == "__main__":

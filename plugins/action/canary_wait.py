@@ -81,15 +81,21 @@ class ActionModule(ActionBase):
             time.sleep(pause.next())
 
     def _look(self) -> list[Look]:
-        pods = self._resources("v1", "Pod", [f"{LABEL}={self._options['experiment']}"])
-        events = self._resources("v1", "Event", [])
-        return [
-            look(name, found, pods, events)
-            for option, (version, kind, look) in WATCHED.items()
-            if self._options[option]
-            for found in [self._resources(version, kind, [f"{LABEL}={self._options['experiment']}"])]
-            for name in self._options[option]
-        ]
+        """All objects as they are now; events are asked for only where something is wrong."""
+        mine = [f"{LABEL}={self._options['experiment']}"]
+        pods = self._resources("v1", "Pod", mine)
+        found = {
+            option: self._resources(version, kind, mine)
+            for option, (version, kind, _look) in WATCHED.items() if self._options[option]
+        }  # fmt: skip
+
+        def looks(events: list[dict[str, Any]]) -> list[Look]:
+            return [WATCHED[option][2](name, found[option], pods, events) for option in found for name in self._options[option]]
+
+        seen = looks([])
+        if any(look.failed or look.unscheduled or look.line == "no pod yet" for look in seen):
+            seen = looks(self._resources("v1", "Event", []))
+        return seen
 
     def _last_words(self, look: Look) -> str:
         """The end of the pod's log, where it can be had: the container's before it was started again comes first."""

@@ -26,6 +26,7 @@ class FilterModule:
             "canary_acceptance": canary_measuring.acceptance,
             "canary_arms": canary_measuring.canary_arms,
             "canary_identity": canary_measuring.identity,
+            "canary_labelled": canary_state.labelled,
             "canary_measuring": canary_objects.measuring_objects,
             "canary_objects": canary_objects.canary_objects,
             "canary_pods": canary_state.arm_pods,

@@ -18,8 +18,13 @@ Object = dict[str, Any]
 def canary_arms(experiment: Object, draft: Object, canary: Object) -> list[Object]:
     """The arms as they are served: the draft at its place in the pods."""
     place = draft_place(experiment, draft, canary)
+    plan = experiment["documents"]["configs/arms.json"]
+    if plan.get("sweep_num_speculative_tokens"):
+        raise SpecDecodeError(
+            f"A sweep over K ({plan['sweep_num_speculative_tokens']}) is not measured on Kubernetes.", "Leave spec_sweep_k empty."
+        )
     arms = []
-    for arm in experiment["documents"]["configs/arms.json"]["arms"]:
+    for arm in plan["arms"]:
         config = dict(arm["speculative_config"] or {})
         if config.get("model") == "{draft}":
             config["model"] = place
@@ -93,7 +98,7 @@ def still_there(progress: Object, measurement: str, placement: Object) -> Object
     return progress if same else {"identity": measurement, "placement": placement, "sessions": {}}
 
 
-def session_plan(plan: Object, session: Object, urls: dict[str, str], target_path: str) -> Object:
+def session_plan(plan: Object, session: Object, arms: list[Object], urls: dict[str, str], target_path: str) -> Object:
     """The plan for ``measure_canary.py``: the arms of one session at their addresses."""
     missing = [name for name in session["arms"] if not urls.get(name)]
     if missing:
@@ -102,17 +107,18 @@ def session_plan(plan: Object, session: Object, urls: dict[str, str], target_pat
         **plan,
         "target": {**plan["target"], "path": target_path},
         "trials": len(session["pairs"]),
+        "resident": True,
         # The first session has the baseline, whose extra trials these are.
         "aa_trials": plan.get("aa_trials", 0) if session["name"] == "session-1" else 0,
-        "arms": [{**arm, "url": urls[arm["name"]]} for arm in plan["arms"] if arm["name"] in session["arms"]],
+        "arms": [{**arm, "url": urls[arm["name"]]} for arm in arms if arm["name"] in session["arms"]],
     }
 
 
 def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[Object], facts: Object) -> Object:
     """One result from all sessions, as ``measure_arms.py`` writes it for arms on one machine.
 
-    ``measured`` is ``[{session, result, pods}]`` in the order of the sessions; ``facts`` are the placement and what else
-    the cluster said.
+    ``measured`` is ``[{session, result, pods, waited_s}]`` in the order of the sessions; ``facts`` are the placement and
+    what else the cluster said.
     """
     first = measured[0]["result"]
     configs: dict[str, Object] = {}
@@ -126,8 +132,9 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
             config = result["configs"][name]
             changed = resolved.differences({"first start": configs.setdefault(name, config), "this start": config})
             differences += [{**item, "field": f"{item['field']} of the {name} arm's starts"} for item in changed]
-            arm = found.setdefault(name, {**result["arms"][name], "starts": 0, "pods": []})
-            arm["starts"] += 1
+            arm = found.setdefault(name, {**result["arms"][name], "starts_s": [], "pods": []})
+            arm["starts_s"].append(part["waited_s"])
+            arm["startup_s"] = part["waited_s"]
             arm["pods"] += part["pods"][name]
             nodes.setdefault(name, set()).update(pod["node"] for pod in part["pods"][name])
         for trial in result["trials"]:
@@ -143,7 +150,8 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
     return {
         **{key: value for key, value in first.items() if key not in ("configs", "arms", "trials", "differences")},
         "identity": facts["identity"],
-        "plan": plan,
+        # As it was asked for, with the checksum of what was driven.
+        "plan": {**plan, "prompts": {**first["plan"]["prompts"], **plan["prompts"]}},
         "draft": draft,
         "arms": found,
         "differences": differences,

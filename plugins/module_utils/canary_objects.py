@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -205,11 +206,14 @@ def staging_objects(canary: Object, sources: list[Object], programs: dict[str, s
 
 def measuring_objects(canary: Object, part: str, plan: Object, prompts: str, programs: dict[str, str]) -> list[Object]:
     """A Job that measures running arms from inside the cluster and prints the result, and its programs and prompts."""
-    inside = {**plan, "prompts": {**plan["prompts"], "path": f"{_PROGRAMS}/prompts.jsonl"}}
+    name = f"prompts{os.path.splitext(plan['prompts']['path'])[1]}"
+    inside = {**plan, "prompts": {**plan["prompts"], "path": f"{_PROGRAMS}/{name}"}}
+    if name != "prompts.json":  # a row a line
+        prompts = "".join(prompts.splitlines(keepends=True)[: plan["prompts"]["count"]])
     files = {
         **_with_library(programs, ENGINE_PROGRAMS),
         "plan.json": json.dumps(inside, indent=2, sort_keys=True),
-        "prompts.jsonl": "".join(prompts.splitlines(keepends=True)[: plan["prompts"]["count"]]),
+        name: prompts,
     }
     command = [
         "python3",
@@ -243,7 +247,8 @@ def _job(
             "name": part,
             "image": canary["image"],
             "command": command,
-            "env": [{"name": "PYTHONDONTWRITEBYTECODE", "value": "1"}, *_home()],
+            # A server that asks for a key asks the client for it too.
+            "env": [{"name": "PYTHONDONTWRITEBYTECODE", "value": "1"}, *_home(), *_secrets(canary, ("VLLM_API_KEY",))],
             "resources": canary["job_resources"],
             "securityContext": _container_security(canary),
             "volumeMounts": [
@@ -383,10 +388,15 @@ def _environment(canary: Object) -> list[Object]:
     return [
         *_home(),
         *({"name": name, "value": value} for name, value in sorted(plain.items())),
-        *(
-            {"name": name, "valueFrom": {"secretKeyRef": {"name": where["name"], "key": where["key"]}}}
-            for name, where in sorted(canary["secrets"].items())
-        ),
+        *_secrets(canary, tuple(canary["secrets"])),
+    ]
+
+
+def _secrets(canary: Object, names: tuple[str, ...]) -> list[Object]:
+    return [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": where["name"], "key": where["key"]}}}
+        for name, where in sorted(canary["secrets"].items())
+        if name in names
     ]
 
 

@@ -81,10 +81,8 @@ def look_at_deployment(name: str, deployments: list[Object], pods: list[Object],
     if not wanted:
         return Look(name, line="stopping")
     for pod in mine:
-        waiting = _condition(pod, "PodScheduled")
-        if waiting.get("status") == "False":
-            return Look(name, unscheduled=f"{waiting.get('message') or waiting.get('reason', '')}{_said([pod], events)}",
-                        line="waits for a node")  # fmt: skip
+        if why := _unscheduled(pod, events):
+            return Look(name, unscheduled=why, line="waits for a node")
     return Look(name, line=_phase(mine), pod=_last(mine))
 
 
@@ -106,9 +104,8 @@ def look_at_job(name: str, jobs: list[Object], pods: list[Object], events: list[
             return Look(
                 name, failed=f"pod {pod['metadata']['name']}: {trouble}{_said([pod], events)}", pod=pod["metadata"]["name"]
             )
-        waiting = _condition(pod, "PodScheduled")
-        if waiting.get("status") == "False":
-            return Look(name, unscheduled=f"{waiting.get('message', '')}{_said([pod], events)}", line="waits for a node")
+        if why := _unscheduled(pod, events):
+            return Look(name, unscheduled=why, line="waits for a node")
     if not mine:
         made = [event for event in events if event["involvedObject"].get("uid") == found["metadata"]["uid"]]
         refused = [event["message"] for event in made if event.get("reason") == "FailedCreate"]
@@ -123,12 +120,12 @@ def pod_trouble(pod: Object) -> str:
     if status.get("phase") == "Failed" and status.get("reason"):
         return f"{status['reason']}: {status.get('message', '')}"
     for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
-        waiting = (container.get("state") or {}).get("waiting") or {}
-        if waiting.get("reason") in HOPELESS:
-            return f"{HOPELESS[waiting['reason']]} ({waiting['reason']}: {waiting.get('message', '')})"
         ended = (container.get("lastState") or {}).get("terminated") or {}
         if container.get("restartCount") and ended:
             return f"the container ended with exit code {ended.get('exitCode')} ({ended.get('reason', '')}) and was started again"
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") in HOPELESS:
+            return f"{HOPELESS[waiting['reason']]} ({waiting['reason']}: {waiting.get('message', '')})"
     return ""
 
 
@@ -172,16 +169,19 @@ def check_steady(before: dict[str, list[Object]], after: dict[str, list[Object]]
     return before
 
 
+def labelled(resources: list[Object], experiment: str) -> list[Object]:
+    """The experiment's objects; what a controller made goes with its owner, but is named too."""
+    return [item for item in resources if (item["metadata"].get("labels") or {}).get(LABEL) == experiment]
+
+
 def inventory(resources: list[Object], experiment: str) -> Object:
     """``{own, others}``: names of the experiment's objects, and identities of everyone else's top objects."""
-    own, others = [], []
-    for item in resources:
-        meta = item["metadata"]
-        words = f"{item['kind']} {meta['name']}"
-        if (meta.get("labels") or {}).get(LABEL) == experiment:
-            own.append(words)
-        elif not any(owner.get("controller") for owner in meta.get("ownerReferences") or []):
-            others.append(f"{words} {meta['uid']}")
+    mine = labelled(resources, experiment)
+    own = [f"{item['kind']} {item['metadata']['name']}" for item in mine]
+    others = [
+        f"{item['kind']} {item['metadata']['name']} {item['metadata']['uid']}"
+        for item in resources if item not in mine and not _owner(item)
+    ]  # fmt: skip
     return {"own": sorted(own), "others": sorted(others)}
 
 
@@ -220,6 +220,16 @@ def _living(pods: list[Object]) -> list[Object]:
         pod for pod in pods
         if not pod["metadata"].get("deletionTimestamp") and (pod.get("status") or {}).get("phase") not in ("Failed", "Succeeded")
     ]  # fmt: skip
+
+
+def _unscheduled(pod: Object, events: list[Object]) -> str:
+    """Why a pod has no node yet; empty if it has one."""
+    if pod["spec"].get("nodeName"):
+        return ""
+    found = _condition(pod, "PodScheduled")
+    scheduler = pod["spec"].get("schedulerName", "default-scheduler")
+    words = found.get("message") or found.get("reason") or f"the scheduler {scheduler} has said nothing of it"
+    return f"{words}{_said([pod], events)}"
 
 
 def _condition(pod: Object, kind: str) -> Object:

@@ -298,8 +298,8 @@ def merge(old: Any, change: Any, strategic: bool, field: str = "") -> Any:
 class ApiDouble:
     """The server: routes requests to the store, with refusals and faults as a test sets them."""
 
-    def __init__(self, store: Store, logs: Any, forward: Any) -> None:
-        self.store, self._logs, self._forward = store, logs, forward
+    def __init__(self, store: Store, logs: Any) -> None:
+        self.store, self._logs = store, logs
         self.faults: list[Fault] = []
         self.forbidden: set[tuple[str, str]] = set()  # (verb, plural), as a Role that lacks them
         self.requests: list[tuple[str, str]] = []
@@ -342,8 +342,6 @@ class ApiDouble:
             address = urllib.parse.urlsplit(request.path)
             query = dict(urllib.parse.parse_qsl(address.query, keep_blank_values=True))
             parts = address.path.strip("/").split("/")
-            if parts[-1] == "portforward":
-                return self._forward(request, parts[3], parts[5], query)
             with self.store.lock:
                 code, body = self._route(request.command, parts, query, json.loads(raw) if raw else None, request.headers)
                 body = body if isinstance(body, str) else json.dumps(body)

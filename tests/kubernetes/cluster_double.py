@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils.canary_placement import quantity, requests
 from api_double import ApiDouble, Refused, Store, now
-from runtime_double import Forwarder, Process, Proxy
+from runtime_double import Process, Proxy
 
 Object = dict[str, Any]
 
@@ -50,7 +50,7 @@ class Cluster:
         self._processes: dict[str, Process] = {}
         self._proxies: dict[str, Proxy] = {}
         self._ips = iter(f"127.88.{n // 250}.{n % 250 + 1}" for n in range(60000))
-        self.api = ApiDouble(self.store, self._log, Forwarder(self._address))
+        self.api = ApiDouble(self.store, self._log)
         for name in ("default", "lab"):
             self.store.create("namespaces", "", {"metadata": {"name": name}})
         self._stop = threading.Event()
@@ -253,7 +253,8 @@ class Cluster:
         if not pods:
             template = copy.deepcopy(job["spec"]["template"])
             self._make("pods", job, {
-                "metadata": {"generateName": f"{job['metadata']['name']}-", **template["metadata"]}, "spec": template["spec"],
+                "metadata": {"generateName": f"{job['metadata']['name']}-", **template.get("metadata", {})},
+                "spec": template["spec"],
             })  # fmt: skip
             return
         phase = (pods[0].get("status") or {}).get("phase")
@@ -273,7 +274,7 @@ class Cluster:
             return self.store.drop("pods", pod)
         if status.get("phase") in ("Failed", "Succeeded"):
             return None
-        if not spec.get("nodeName") and not self._schedule(pod):
+        if not spec.get("nodeName") and (spec["schedulerName"] != "default-scheduler" or not self._schedule(pod)):
             return None
         container = spec["containers"][0]
         image = self.images.get(container["image"], Image())
@@ -324,7 +325,7 @@ class Cluster:
         return image.exit_code if late else None
 
     def _schedule(self, pod: Object) -> bool:
-        """Selectors, taints and room, as the default scheduler; another scheduler's pods are left to it."""
+        """Selectors, taints and room, as the default scheduler."""
         spec, why = pod["spec"], {}
         for node in self.store.select("nodes"):
             name = node["metadata"]["name"]

@@ -14,19 +14,19 @@ from typing import Any
 
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils.framing import frame
-from cluster_double import GPU, Cluster, Image
+from cluster_double import Cluster, Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 Object = dict[str, Any]
 
-SERVER, JOBS = "vllm/vllm-openai:v0.32.0", ("stage", "session")
+SERVER = "vllm/vllm-openai:v0.32.0"
 SETTINGS = {
     "spec_kubernetes_namespace": "lab", "spec_poll_interval": 1, "spec_startup_timeout": 30, "spec_canary_schedule_timeout": 3,
     "spec_canary_job_timeout": 60, "spec_canary_target_path": "/models/base", "target": "/models/base",
-    "spec_canary_source": {"path": "/work", "source": {"persistentVolumeClaim": {"claimName": "work"}}},
     "spec_canary_resources": {"requests": {"cpu": "2", "memory": "1Gi"}},
     "spec_canary_job_resources": {"requests": {"cpu": "1", "memory": "1Gi"}},
 }  # fmt: skip
+STAGING = {"spec_canary_source": {"path": "/work", "source": {"persistentVolumeClaim": {"claimName": "work"}}}}
 
 
 class Lab:
@@ -39,11 +39,10 @@ class Lab:
         (self.bundle / "data").mkdir()
         prompts = self.bundle / "data/eval.jsonl"
         prompts.write_text("".join(json.dumps({"conversations": [{"from": "human", "value": f"{n}?"}]}) + "\n" for n in range(4)))
-        self.draft = {"method": "eagle3", "draft_dir": "/work/drafts/tiny/0123456789abcdef", "sha": "0123456789abcdef"}
-        (self.bundle / "results/draft.json").write_text(json.dumps(self.draft))
+        self.stage(str(folder / "drafts/tiny/0123456789abcdef"), "0123456789abcdef")
         plan = {
             "model": "tiny", "target": {"path": "/work/base", "sha": "f" * 64}, "prompts": {"path": str(prompts), "count": 4},
-            "trials": trials, "concurrencies": [1], "warmup": 1, "max_tokens": 8, "temperature": 0.0, "seed": 7,
+            "trials": trials, "concurrencies": [1], "warmup": 1, "max_tokens": 13, "temperature": 0.0, "seed": 7,
             "ports": [0, 0], "startup_timeout_s": 30, "server_arguments": ["--max-model-len=512"], "server_environment": {},
             "arms": [
                 {"name": "standing", "speculative_config": None},
@@ -55,18 +54,24 @@ class Lab:
             "serving": {"server_arguments": plan["server_arguments"], "server_environment": {}},
             "documents": {"configs/arms.json": plan},
         }  # fmt: skip
+        (self.bundle / "experiment.json").write_text(json.dumps(self.experiment))
 
-    def command(self, tasks_from: str = "main", **settings: Any) -> list[str]:
+    def stage(self, place: str, sha: str) -> None:
+        """Where the converted draft stands."""
+        self.draft = {"method": "eagle3", "draft_dir": place, "sha": sha}
+        (self.bundle / "results/draft.json").write_text(json.dumps(self.draft))
+
+    def command(self, role: str = "canary", **settings: Any) -> list[str]:
         play = [{
             "hosts": "localhost", "gather_facts": False, "connection": "local",
-            "vars_files": [str(ROOT / "playbooks/group_vars/all.yml")],
-            "tasks": [{"ansible.builtin.include_role": {"name": "inference.spec_decode.canary", "tasks_from": tasks_from}}],
+            "vars_files": [str(ROOT / "playbooks/group_vars/all.yml")], "roles": [f"inference.spec_decode.{role}"],
         }]  # fmt: skip
-        path = self.folder / f"{self.name}-{tasks_from}.yml"
+        path = self.folder / f"{self.name}-{role}.yml"
         path.write_text(yaml.safe_dump(play))
         variables = {
             **SETTINGS, "spec_kubernetes_connection": {"kubeconfig": str(self.cluster.kubeconfig())},
-            "canary_experiment": self.experiment, "ansible_python_interpreter": str(ROOT / ".venv/bin/python"), **settings,
+            "canary_experiment": self.experiment, "experiment": self.name, "spec_canary": "kubernetes",
+            "spec_work_dir": str(self.folder), "ansible_python_interpreter": str(ROOT / ".venv/bin/python"), **settings,
         }  # fmt: skip
         return [str(ROOT / ".venv/bin/ansible-playbook"), "-i", "localhost,", str(path), "-e", json.dumps(variables)]
 
@@ -74,10 +79,10 @@ class Lab:
         return {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"), "LC_ALL": "C.UTF-8",
                 "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", "HOME": str(self.folder)}  # fmt: skip
 
-    def play(self, *flags: str, tasks_from: str = "main", code: int = 0, **settings: Any) -> str:
+    def play(self, *flags: str, role: str = "canary", code: int = 0, **settings: Any) -> str:
         answer = subprocess.run(
-            [*self.command(tasks_from, **settings), *flags], cwd=ROOT, env=self.environment(), capture_output=True, text=True,
-            check=False, timeout=120,
+            [*self.command(role, **settings), *flags], cwd=ROOT, env=self.environment(), capture_output=True, text=True,
+            check=False, timeout=300,
         )  # fmt: skip
         text = answer.stdout + answer.stderr
         assert answer.returncode == code, text[-6000:]
@@ -128,6 +133,3 @@ def printed(cluster: Cluster, pod: Object) -> str:
         "configs": dict.fromkeys(names, resolved), "differences": [],
         "trials": [{"arm": name, "pair": pair, "concurrency": 1, "void": ""} for pair, name in order],
     })  # fmt: skip
-
-
-__all__ = ["GPU", "Lab", "changed", "pretend", "said"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -104,7 +105,15 @@ def _write_config(cluster: Any, pod: Object, volume: Object, place: pathlib.Path
         target = place / item["path"]
         target.parent.mkdir(parents=True, exist_ok=True)
         text = config["data"][item["key"]]
-        target.write_text(translate(text) if target.suffix == ".json" else text)
+        target.write_text(json.dumps(_translated(json.loads(text), translate)) if target.suffix == ".json" else text)
+
+
+def _translated(value: Any, translate: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _translated(item, translate) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_translated(item, translate) for item in value]
+    return translate(value) if isinstance(value, str) else value
 
 
 def _translator(places: dict[str, str], address: str) -> Callable[[str], str]:
@@ -160,14 +169,3 @@ def pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
-
-
-class Forwarder:
-    """The ``portforward`` subresource: a WebSocket with a data and an error channel for each port."""
-
-    def __init__(self, address: Callable[[Object, int], tuple[str, int]]) -> None:
-        self._address = address
-        self.open: list[socket.socket] = []
-
-    def __call__(self, request: Any, namespace: str, name: str, query: dict[str, str]) -> None:
-        raise NotImplementedError(namespace + name)

@@ -29,7 +29,7 @@ def problems(item: dict[str, Any], version: str, strict: bool = True) -> list[st
     """What is wrong with an object; strict refuses unknown fields too."""
     if item["kind"] in CUSTOM:
         return []
-    group = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", item["apiVersion"])
+    group = "meta-v1" if item["kind"] == "Status" else re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", item["apiVersion"])
     found = validator(f"v{version}.0-local{'-strict' if strict else ''}", f"{item['kind'].lower()}-{group}")
     return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in found.iter_errors(item)]
 

@@ -168,10 +168,10 @@ class Connection(asyncio.Protocol):
         self._counts.tpot_s += seconds / (self._answer.tokens - 1)
 
 
-async def serve(answer: Answer, port: int) -> None:
+async def serve(answer: Answer, port: int, host: str = "127.0.0.1") -> None:
     counts, chunks = Counts(), answer.chunks()
-    server = await asyncio.get_running_loop().create_server(lambda: Connection(answer, counts, chunks), "127.0.0.1", port)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    server = await asyncio.get_running_loop().create_server(lambda: Connection(answer, counts, chunks), host, port)
+    print(f"http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
     await server.serve_forever()
 
 

@@ -374,9 +374,13 @@ def test_what_else_ends_a_wait():
     assert canary_state.look_at_deployment("d", [refused], [], []).failed == "no pod may be made: exceeded quota"
     assert "another one deleted it" in canary_state.look_at_deployment("d", [], [], []).failed
     waits = served("Pending", conditions=[{"type": "PodScheduled", "status": "False", "message": "Insufficient gpu"}])
+    waits["spec"] = {"schedulerName": "slurm"}
     event = {"type": "Warning", "message": "0/1 nodes", "involvedObject": {"uid": "p"}}
     found = canary_state.look_at_deployment("d", [deployment()], [waits], [event])
     assert found.unscheduled == "Insufficient gpu Events: 0/1 nodes" and not found.failed
+    waits["status"]["conditions"] = []
+    found = canary_state.look_at_deployment("d", [deployment()], [waits], [])
+    assert found.unscheduled == "the scheduler slurm has said nothing of it"
 
 
 def test_jobs_end_well_or_badly_and_both_are_seen():
@@ -425,12 +429,39 @@ def test_sessions():
     assert [(x["arms"], x["pairs"]) for x in found] == [(["s"], [1]), (["t"], [1, 2]), (["s"], [2, 3]), (["t"], [3])]
 
 
+def test_the_plan_of_a_session():
+    plan = {"trials": 5, "aa_trials": 2, "target": {"path": "/work/base"}, "arms": [{"speculative_config": {"model": "{draft}"}}]}
+    session = {"name": "session-2", "arms": ["trained"], "pairs": [1, 2]}
+    found = canary_measuring.session_plan(plan, session, ARMS, {"trained": "http://10.0.0.1:8000"}, "/models/base")
+    assert found == {
+        "trials": 2, "aa_trials": 0, "resident": True, "target": {"path": "/models/base"},
+        "arms": [{"name": "trained", "speculative_config": CONFIG, "url": "http://10.0.0.1:8000"}],
+    }  # fmt: skip
+    first = {"name": "session-1", "arms": ["standing"], "pairs": [1]}
+    assert canary_measuring.session_plan(plan, first, ARMS, {"standing": "http://10.0.0.2:8000"}, "/m")["aa_trials"] == 2
+    with pytest.raises(SpecDecodeError, match="The trained arm has no address"):
+        canary_measuring.session_plan(plan, session, ARMS, {}, "/m")
+
+
+def test_the_draft_stands_below_its_checksum_and_no_sweep_is_left_out_silently():
+    experiment = {"slug": "tiny", "documents": {"configs/arms.json": {"arms": [
+        {"name": "standing", "speculative_config": None},
+        {"name": "trained", "speculative_config": {**CONFIG, "model": "{draft}"}},
+    ]}}}  # fmt: skip
+    assert canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings()) == ARMS
+    experiment["documents"]["configs/arms.json"]["sweep_num_speculative_tokens"] = [1, 5]
+    with pytest.raises(SpecDecodeError, match="spec_sweep_k"):
+        canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings())
+
+
 def measured(name, arms, pairs, on="a", mode="FULL"):
     return {
         "session": {"name": name, "arms": arms, "pairs": pairs},
+        "waited_s": 1.5,
         "pods": {arm: [{"name": f"{arm}-{name}", "node": on}] for arm in arms},
         "result": {
-            "phase": "acceptance", "arms": {arm: {"startup_s": 1} for arm in arms}, "differences": [],
+            "phase": "acceptance", "plan": {"prompts": {"sha256": "x"}}, "differences": [],
+            "arms": {arm: {"startup_s": 1} for arm in arms},
             "configs": {arm: {"compilation_config.cudagraph_mode": mode} for arm in arms},
             "trials": [{"arm": arm, "pair": n} for n in range(1, len(pairs) + 1) for arm in arms],
         },
@@ -441,13 +472,14 @@ FACTS = {"identity": "i", "site": {}, "placement": {"resident": False, "hardware
 
 
 def merged(*parts):
-    return canary_measuring.acceptance(list(parts), {"p": 1}, {"d": 1}, ARMS, FACTS)
+    return canary_measuring.acceptance(list(parts), {"prompts": {"count": 2}}, {"d": 1}, ARMS, FACTS)
 
 
 def test_sessions_become_one_result():
     found = merged(measured("1", ["standing"], [1]), measured("2", ["trained"], [1, 2]), measured("3", ["standing"], [2]))
     assert [(t["arm"], t["pair"]) for t in found["trials"]] == [("standing", 1), ("trained", 1), ("trained", 2), ("standing", 2)]
-    assert found["arms"]["standing"]["starts"] == 2 and found["node"] == "a" and found["differences"] == []
+    assert found["arms"]["standing"]["starts_s"] == [1.5, 1.5] and found["plan"]["prompts"] == {"sha256": "x", "count": 2}
+    assert found["node"] == "a" and found["differences"] == []
     assert found["hardware"] == {"kind": "gpu"} and found["arms"]["trained"]["speculative_config"] == CONFIG
 
 
