@@ -78,6 +78,20 @@ def canary_objects(canary: Object, arms: list[Object], placement: Object | None 
     return made
 
 
+def by_hand(canary: Object) -> Object:
+    """The settings for objects that someone applies by hand later: what looks like a secret is expected in a Secret."""
+    secrets = object_name(canary["experiment"], "secrets")
+    named = [key for key in canary["server_environment"] if SECRET.search(str(key))]
+    flags = [flag for flag in canary["server_arguments"] if SECRET_FLAG.match(str(flag))]
+    expected = {key: {"name": secrets, "key": key} for key in [*named, *(["VLLM_API_KEY"] if flags else [])]}
+    return {
+        **canary,
+        "server_environment": {key: value for key, value in canary["server_environment"].items() if key not in named},
+        "server_arguments": [flag for flag in canary["server_arguments"] if flag not in flags],
+        "secrets": {**expected, **canary["secrets"]},
+    }
+
+
 def canary_yaml(objects: list[Object]) -> str:
     """The objects as one YAML text of several documents."""
     import yaml

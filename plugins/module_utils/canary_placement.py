@@ -227,6 +227,11 @@ def survey(found: Object, canary: Object, arms: int) -> Object:
     ``found`` holds ``nodes``, ``pods`` of all namespaces, ``priority_classes``, and ``slurm_idle``, the names that Slurm
     gives its idle nodes.
     """
+    if canary["replicas"] != 1:
+        raise SpecDecodeError(
+            f"An arm of {canary['replicas']} pods cannot be measured: their counters are not added up.",
+            "Set spec_canary_replicas to 1.",
+        )
     name = priority_name(canary)
     classes = {item["metadata"]["name"]: item for item in found["priority_classes"]}
     check_priority_class(classes.get(name), canary)

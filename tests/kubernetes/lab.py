@@ -61,10 +61,12 @@ class Lab:
         self.draft = {"method": "eagle3", "draft_dir": place, "sha": sha}
         (self.bundle / "results/draft.json").write_text(json.dumps(self.draft))
 
-    def command(self, role: str = "canary", **settings: Any) -> list[str]:
+    def command(self, role: str = "canary", tasks_from: str = "main", **settings: Any) -> list[str]:
         play = [{
             "hosts": "localhost", "gather_facts": False, "connection": "local",
-            "vars_files": [str(ROOT / "playbooks/group_vars/all.yml")], "roles": [f"inference.spec_decode.{role}"],
+            "vars_files": [str(ROOT / "playbooks/group_vars/all.yml")], "tasks": [
+                {"ansible.builtin.include_role": {"name": f"inference.spec_decode.{role}", "tasks_from": tasks_from}},
+            ],
         }]  # fmt: skip
         path = self.folder / f"{self.name}-{role}.yml"
         path.write_text(yaml.safe_dump(play))
@@ -79,9 +81,9 @@ class Lab:
         return {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".collections"), "LC_ALL": "C.UTF-8",
                 "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", "HOME": str(self.folder)}  # fmt: skip
 
-    def play(self, *flags: str, role: str = "canary", code: int = 0, **settings: Any) -> str:
+    def play(self, *flags: str, code: int = 0, **settings: Any) -> str:
         answer = subprocess.run(
-            [*self.command(role, **settings), *flags], cwd=ROOT, env=self.environment(), capture_output=True, text=True,
+            [*self.command(**settings), *flags], cwd=ROOT, env=self.environment(), capture_output=True, text=True,
             check=False, timeout=300,
         )  # fmt: skip
         text = answer.stdout + answer.stderr

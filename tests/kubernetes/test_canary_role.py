@@ -131,6 +131,15 @@ def test_check_mode_makes_nothing(cluster, lab):
     assert not [path for method, path in cluster.api.requests if method != "GET" and "dryRun=All" not in path]
 
 
+def test_other_sites_get_the_objects_for_other_hands(cluster, lab):
+    lab.experiment["serving"]["server_environment"]["HF_TOKEN"] = "hf_of_somebody"
+    lab.play(tasks_from="manifest")
+    text = (lab.bundle / "deploy/tiny-spec-canary.yaml").read_text()
+    assert "hf_of_somebody" not in text and "tiny-eagle3-secrets" in text and lab.draft["sha"] in text
+    assert cluster.api.requests == []
+    assert changed(lab.play(tasks_from="manifest")) == 0
+
+
 def test_teardown_of_one_of_two_while_it_comes_up(cluster, lab, tmp_path):
     """By the label alone: the other experiment and everyone's objects stay as they are; twice is as once."""
     pretend(cluster, {"gpu-a": 8})

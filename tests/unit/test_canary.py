@@ -27,6 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "kuberne
 
 import schemas
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 GPU = "nvidia.com/gpu"
 CANARY = {
     "experiment": "tiny-eagle3", "model": "tiny", "namespace": "lab", "site": "auto", "image": "vllm/vllm-openai:v0.32.0",
@@ -151,6 +152,24 @@ def test_a_priority_class_of_others_is_refused(found, named, words):
 def test_secrets_do_not_reach_objects(change):
     with pytest.raises(SpecDecodeError, match="for everyone to read"):
         made(**change)
+
+
+def test_objects_for_other_hands_expect_secrets_in_a_secret():
+    canary = canary_objects.by_hand(
+        settings(server_environment={"HF_TOKEN": "x", "A": "1"}, server_arguments=["--api-key=x", "--b"])
+    )
+    assert "x" not in json.dumps(canary["server_environment"]) + json.dumps(canary["server_arguments"])
+    server = of("Deployment", canary_objects.canary_objects(canary, ARMS))[0]["spec"]["template"]["spec"]["containers"][0]
+    environment = {item["name"]: item.get("valueFrom") for item in server["env"]}
+    assert environment["VLLM_API_KEY"] == {"secretKeyRef": {"name": "tiny-eagle3-secrets", "key": "VLLM_API_KEY"}}
+    assert environment["HF_TOKEN"]["secretKeyRef"]["name"] == "hugging-face", "what is named already stays"
+
+
+@pytest.mark.parametrize("site", sorted((ROOT / "inventories").iterdir()), ids=lambda path: path.name)
+def test_sites_set_only_what_there_is(site):
+    known = set(yaml.safe_load((ROOT / "playbooks/group_vars/all.yml").read_text()))
+    for path in site.glob("group_vars/*.yml"):
+        assert {key for key in yaml.safe_load(path.read_text()) if key.startswith(("spec_canary", "spec_kubernetes"))} <= known
 
 
 def test_what_only_looks_like_a_secret_is_allowed():
@@ -311,6 +330,8 @@ def test_slurm_decides_which_of_its_nodes_are_idle():
     pods = [pod("s-a", on="a", gpus=8, container="slurmd"), pod("s-b", on="b", gpus=8, container="slurmd")]
     found = {"nodes": nodes, "pods": pods, "priority_classes": [], "slurm_idle": ["s-b"]}
     assert canary_placement.survey(found, settings(), 2)["placement"]["node"] == "b"
+    with pytest.raises(SpecDecodeError, match="An arm of 2 pods cannot be measured"):
+        canary_placement.survey(found, settings(replicas=2), 2)
     with pytest.raises(SpecDecodeError, match="a is not idle in Slurm"):
         canary_placement.survey({**found, "slurm_idle": []}, settings(), 2)
 
