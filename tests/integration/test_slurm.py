@@ -515,7 +515,8 @@ def test_node_that_dies(site):
     is_running(fails)
     is_running(returns)
     # The node goes with everything on it: its daemon and the job's own processes.
-    doomed = subprocess.run(["pgrep", "-f", f"slurmstepd: \\[({'|'.join(job_ids)})\\."], capture_output=True, text=True)
+    pattern = f"slurmstepd: \\[({'|'.join(job_ids)})\\."
+    doomed = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
     with site.cluster.stopped(last, signal.SIGKILL):
         for pid in doomed.stdout.split():
             os.kill(int(pid), signal.SIGKILL)

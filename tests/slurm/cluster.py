@@ -359,7 +359,7 @@ class Cluster:
                 self._program(name), "--foreground", "--force", f"--key-file={folder}/state/munge/munge.key",
                 f"--socket={folder}/munge.sock", f"--pid-file={folder}/pid/munged.own",
                 f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/state/munge/munge.seed",
-            ], lambda: (folder / "munge.sock").exists()  # fmt: skip
+            ], (folder / "munge.sock").exists  # fmt: skip
         if name == "mariadbd":
             data = folder / "state/mysql"
             if not (data / "mysql").exists():
