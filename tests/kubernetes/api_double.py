@@ -17,7 +17,7 @@ import urllib.parse
 import uuid
 from typing import Any
 
-import schemas
+import kubernetes_schemas as schemas
 
 Object = dict[str, Any]
 Key = tuple[str, str, str]  # plural, namespace, name

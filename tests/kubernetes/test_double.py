@@ -9,8 +9,8 @@ import json
 import urllib.error
 import urllib.request
 
+import kubernetes_schemas as schemas
 import pytest
-import schemas
 from api_double import Fault, Refused, merge, wait_until
 from cluster_double import Image
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "kubernetes"))
 
-import schemas
+import kubernetes_schemas as schemas
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 GPU = "nvidia.com/gpu"
