@@ -140,13 +140,14 @@ def test_capture_through_sglang_finds_gaps_and_mends_them(built, bundle, capture
     gap = capture(built, bundle, folder, layers, "nan")
     assert gap.returncode == 0, gap.stderr[-3000:]
     assert "data_5.ckpt is not readable: removed" in gap.stdout
-    red = gates.evaluate("capture", {"capture": json.loads((folder / "capture.json").read_text())})
+    # The rows are not in the target's own words, so that its LM head names their next tokens seldom.
+    limits = {"layers": layers, "min_next_token_agreement": 0.0}
+    red = gates.evaluate("capture", {"capture": json.loads((folder / "capture.json").read_text())}, limits)
     assert red.reasons == ["19 of 20 samples are captured and whole"]
     whole = capture(built, bundle, folder, layers)
     assert whole.returncode == 0, whole.stderr[-3000:]
     result = json.loads((folder / "capture.json").read_text())
-    # The double's states are the target's; text that it did not write itself is named less often.
-    green = gates.evaluate("capture", {"capture": result}, {"layers": layers, "min_next_token_agreement": 0.0})
+    green = gates.evaluate("capture", {"capture": result}, limits)
     assert green.passed, green.reasons
     assert result["throughput"]["resumed_samples"] == 19 and result["tokens"] < 20 * 128
     manifest = features.check_sealed(str(folder / "features"))
