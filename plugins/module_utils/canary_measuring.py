@@ -149,6 +149,8 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
         differences.append({"field": "kubernetes.node", "values": places})
     return {
         **{key: value for key, value in first.items() if key not in ("configs", "arms", "trials", "differences")},
+        "finished_at": measured[-1]["result"]["finished_at"],
+        "duration_s": sum(part["result"]["duration_s"] for part in measured),
         "identity": facts["identity"],
         # As it was asked for, with the checksum of what was driven.
         "plan": {**plan, "prompts": {**first["plan"]["prompts"], **plan["prompts"]}},

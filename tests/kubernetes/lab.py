@@ -130,7 +130,8 @@ def printed(cluster: Cluster, pod: Object) -> str:
     order = [(pair, name) for pair in range(1, plan["trials"] + 1) for name in (names if pair % 2 else names[::-1])]
     resolved = {"compilation_config.cudagraph_mode": "2", "model_config.dtype": "bfloat16"}
     return "measuring\n" + frame({
-        "phase": "acceptance", "status": "complete", "plan": plan, "node": "a pod", "hardware": {"kind": "cpu"},
+        "phase": "acceptance", "status": "complete", "finished_at": "now", "duration_s": 1.0,
+        "plan": plan, "node": "a pod", "hardware": {"kind": "cpu"},
         "arms": {name: {"resolved": {"cudagraph_mode": "FULL"}, "command": None, "startup_s": 1.0} for name in names},
         "configs": dict.fromkeys(names, resolved), "differences": [],
         "trials": [{"arm": name, "pair": pair, "concurrency": 1, "void": ""} for pair, name in order],

@@ -15,6 +15,10 @@ from cluster_double import Image
 from lab import SERVER, STAGING, Lab, said
 from runtime_double import containers
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "support"))
+
+import schemas
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -39,6 +43,7 @@ def test_staged_served_and_measured(cluster, lab):
     staged = cluster.claims["models"] / "target/speculator/tiny" / lab.draft["sha"]
     assert (staged / "config.json").read_text() == "{}"
     result = lab.result("acceptance")
+    assert schemas.problems("acceptance", result) == []
     assert not [trial["void"] for trial in result["trials"] if trial["void"]]
     tpot = {arm: [t["client"]["tpot_ms"]["median"] for t in result["trials"] if t["arm"] == arm] for arm in result["arms"]}
     assert max(tpot["trained"]) < min(tpot["standing"]), "three tokens a time are faster than one"

@@ -482,6 +482,7 @@ def measured(name, arms, pairs, on="a", mode="FULL"):
         "pods": {arm: [{"name": f"{arm}-{name}", "node": on}] for arm in arms},
         "result": {
             "phase": "acceptance", "plan": {"prompts": {"sha256": "x"}}, "differences": [],
+            "finished_at": name, "duration_s": 2.0,
             "arms": {arm: {"startup_s": 1} for arm in arms},
             "configs": {arm: {"compilation_config.cudagraph_mode": mode} for arm in arms},
             "trials": [{"arm": arm, "pair": n} for n in range(1, len(pairs) + 1) for arm in arms],
@@ -499,6 +500,7 @@ def merged(*parts):
 def test_sessions_become_one_result():
     found = merged(measured("1", ["standing"], [1]), measured("2", ["trained"], [1, 2]), measured("3", ["standing"], [2]))
     assert [(t["arm"], t["pair"]) for t in found["trials"]] == [("standing", 1), ("trained", 1), ("trained", 2), ("standing", 2)]
+    assert (found["finished_at"], found["duration_s"]) == ("3", 6.0)
     assert found["arms"]["standing"]["starts_s"] == [1.5, 1.5] and found["plan"]["prompts"] == {"sha256": "x", "count": 2}
     assert found["node"] == "a" and found["differences"] == []
     assert found["hardware"] == {"kind": "gpu"} and found["arms"]["trained"]["speculative_config"] == CONFIG
