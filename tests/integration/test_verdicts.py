@@ -43,7 +43,7 @@ FLAGS = [
     "--enforce-eager", "--gpu-memory-utilization=0.2",
 ]  # fmt: skip
 #: matches any repeated token and drafts far on: almost all of it is verified for nothing
-NGRAM = {"method": "ngram", "num_speculative_tokens": 12, "prompt_lookup_max": 1, "prompt_lookup_min": 1}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 40, "prompt_lookup_max": 1, "prompt_lookup_min": 1}
 
 
 def play(playbook, check=True, **settings):
