@@ -29,6 +29,8 @@ BIN = ROOT / ".venv/bin"
 NAMESPACE = "inference.spec_decode"
 SLURM_TESTS = "tests/integration/test_slurm.py"
 PYTEST = [str(BIN / "python"), "-m", "pytest", "-q", "-rs"]
+#: molecule's scenarios that keep the processor busy with a real engine
+ENGINE_SCENARIOS = ("loop",)
 _output = threading.Lock()
 
 
@@ -81,6 +83,16 @@ def checks(tree: pathlib.Path) -> list[Check]:
         ),
         Check("ansible-test units", [sys.executable, str(ROOT / "scripts/ansible_test.py"), "units"], False, copied, light=True),
         Check("the canary on Kubernetes", [*PYTEST, "-n", "2", "tests/kubernetes"], fast=False, light=True),
+        *(
+            Check(
+                f"molecule {name}",
+                [str(BIN / "molecule"), "test", "--scenario-name", name],
+                fast=False,
+                cwd=copied,
+                light=name not in ENGINE_SCENARIOS,
+            )
+            for name in sorted(path.parent.name for path in ROOT.glob("extensions/molecule/*/molecule.yml"))
+        ),
         Check("the collection installed", [*PYTEST, "tests/collection"], fast=False, light=True),
     ]
 
@@ -120,6 +132,7 @@ def environment(tree: pathlib.Path) -> dict[str, str]:
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "ANSIBLE_COLLECTIONS_PATH": str(tree),
         "ANSIBLE_HOME": str(tree / "home"),
+        "SPEC_ENGINE_PYTHON": str(ROOT / ".engine/bin/python"),
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import struct
 import subprocess
 import sys
 
@@ -16,6 +15,9 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests/support"))
+import small_target
+
 BIN = ROOT / ".venv/bin"
 NAMESPACE = "inference.spec_decode"
 PLAYBOOKS = sorted(path.stem for path in (ROOT / "playbooks").glob("*.yml"))
@@ -85,36 +87,14 @@ def installed(tarball, tmp_path_factory):
         BIN / "ansible-galaxy", "collection", "install", "--no-deps", "-p", found.collections, tarball,
         env=found.environment, cwd=found.home,
     )  # fmt: skip
-    write_target(found.target)
+    small_target.write_target(found.target)
     write_site(found)
     return found
 
 
-def write_target(folder: pathlib.Path) -> None:
-    """The files of a checkpoint, with weights of zeros: enough to derive from, in check mode."""
-    folder.mkdir(parents=True)
-    config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 8, "hidden_size": 8,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 16, "vocab_size": 12,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
-        "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 3, "content": "<|mask|>"}]}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<|im_start|>{{ messages }}<|im_end|>"}))
-    shapes = {"model.embed_tokens.weight": [12, 8], "lm_head.weight": [12, 8]}
-    header, end = {}, 0
-    for name, (rows, columns) in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [end, end + 2 * rows * columns]}
-        end += 2 * rows * columns
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-
-
 def write_site(found: Installed) -> None:
     """An inventory of one machine, as a user would write it."""
-    data = found.home / "conversations.json"
-    data.write_text(json.dumps([{"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}] * 40))
+    data = small_target.write_conversations(found.home / "conversations.json")
     settings = {
         "spec_work_dir": str(found.work), "spec_engine_python": str(ROOT / ".engine/bin/python"),
         "spec_sources": [{"path": str(data)}], "spec_train_rows": 10, "spec_eval_rows": 4,
