@@ -40,18 +40,33 @@ class ActionModule(ActionBase):
                 "namespace": {"type": "str", "required": True},
                 "deployments": {"type": "list", "elements": "str", "default": []},
                 "jobs": {"type": "list", "elements": "str", "default": []},
+                "pods_gone": {"type": "bool", "default": False},
                 "timeout": {"type": "int", "default": 1800},
                 "schedule_timeout": {"type": "int", "default": 300},
                 "answer_timeout": {"type": "int", "default": 120},
                 "poll_interval": {"type": "float", "default": 5},
                 "connection": {"type": "dict", "default": {}},
             },
-            required_one_of=[("deployments", "jobs")],
+            required_one_of=[("deployments", "jobs", "pods_gone")],
         )
         if self._task.check_mode:
             return {"changed": False, "objects": {}, "waited_s": 0.0}
         self._options, self._task_vars = options, task_vars
-        return self._wait()
+        return self._wait_until_gone() if options["pods_gone"] else self._wait()
+
+    def _wait_until_gone(self) -> dict[str, Any]:
+        """Pods end after their owners: they get their time to."""
+        started = time.monotonic()
+        pause = Backoff(longest=self._options["poll_interval"])
+        while pods := self._resources("v1", "Pod", [f"{LABEL}={self._options['experiment']}"]):
+            if time.monotonic() - started > self._options["timeout"]:
+                names = ", ".join(f"{pod['metadata']['name']} on {pod['spec'].get('nodeName') or 'no node'}" for pod in pods)
+                raise AnsibleActionFail(
+                    f"After {self._options['timeout']} s there are still the pods {names}."
+                    " A node that does not answer keeps its pods."
+                )
+            time.sleep(pause.next())
+        return {"changed": False, "objects": {}, "waited_s": round(time.monotonic() - started, 1)}
 
     def _wait(self) -> dict[str, Any]:
         options, started = self._options, time.monotonic()

@@ -39,6 +39,10 @@ options:
     type: list
     elements: str
     default: []
+  pods_gone:
+    description: Wait until no pod of the experiment is left, and for nothing else.
+    type: bool
+    default: false
   timeout:
     description: Longest wait, in seconds.
     type: int
