@@ -103,6 +103,14 @@ def feature_bytes_per_token(states: int, hidden: int) -> int:
     return states * hidden * WIDTH
 
 
+def capture_rate(flops: float, parameters: float) -> float:
+    """Tokens a second that a device of that many FLOP/s captures.
+
+    A forward pass takes 2 FLOPs for each active parameter and token (Kaplan et al. 2020, section 2.1).
+    """
+    return flops * PREFILL_UTILISATION / (2 * parameters)
+
+
 def _read_layers(draft: dict[str, Any], method: str) -> list[int]:
     part, key = {
         "eagle3": ("eagle_config", "eagle_aux_hidden_state_layer_ids"), "dflash": ("dflash_config", "target_layer_ids"),
@@ -272,7 +280,7 @@ def _capture(found: _Figures, shape: Shape, states: int, rows: int, row_tokens: 
         f" parameter and token (Kaplan et al. 2020, section 2.1); {PREFILL_UTILISATION} of the peak is an assumption"
     )
     if device["flops"] and gpus:
-        tokens = int(3600 * gpus * float(device["flops"]) * PREFILL_UTILISATION / (2 * found["active_parameters"]))
+        tokens = int(3600 * capture_rate(gpus * float(device["flops"]), found["active_parameters"]))
     source = device["source"] if tokens else "none"
     found.set("capture_tokens_per_hour", tokens, "tokens/hour", source, rule if tokens else missing)
     per_hour = tokens // row_tokens if tokens else None

@@ -20,7 +20,7 @@ from . import site_facts
 from .conversations import LAYOUTS
 from .errors import SpecDecodeError
 from .files import read_json, read_json_object
-from .fit import WIDTH, feature_bytes_per_token
+from .fit import PREFILL_UTILISATION, WIDTH, capture_rate, feature_bytes_per_token
 from .inspection import ANSWER
 from .specforge import BACKENDS, chosen_interface
 from .waiting import clock
@@ -56,8 +56,8 @@ SGLANG_0_5_14_BOTH = frozenset(
         "TeleFLMForCausalLM",
     }
 )  # fmt: skip
-#: Without a measured rate, the time is estimated for one such GPU that reaches this share of its peak.
-REFERENCE_FLOPS, REFERENCE_SHARE, REFERENCE_GPU = 990e12, 0.4, "H100"
+#: Without a measured rate, the time is estimated for one such GPU; its peak in dense BF16.
+REFERENCE_GPU, REFERENCE_FLOPS = "H100", 989e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +322,10 @@ def _time(plan: dict[str, Any], asked: Asked) -> dict[str, Any]:
         return _check(
             "capture time", True, f"about {clock(tokens / rate)} for {tokens} tokens, at {rate:.0f} tokens/s as measured"
         )
-    flops = 2 * float(plan["target"].get("parameters", 0)) * tokens
-    seconds = flops / (REFERENCE_FLOPS * REFERENCE_SHARE)
+    seconds = tokens / capture_rate(REFERENCE_FLOPS, float(plan["target"]["parameters"]))
     return _check(
         "capture time", True,
-        f"about {clock(seconds)} of one {REFERENCE_GPU} (2 × parameters × {tokens} tokens at {REFERENCE_SHARE:.0%} of"
+        f"about {clock(seconds)} of one {REFERENCE_GPU} (2 × parameters × {tokens} tokens at {PREFILL_UTILISATION:.0%} of"
         f" {REFERENCE_FLOPS / 1e12:.0f} TFLOP/s; nothing measured yet)",
     )  # fmt: skip
 

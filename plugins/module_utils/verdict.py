@@ -212,7 +212,7 @@ def _shape(
     grounds = {name: grounding.of(name, arm, concurrency) for name, arm in arms.items()}
     contexts = {name: context.descriptor(acceptance, name, arms[name], concurrency, grounds[name][0]) for name in arms}
     context.check_comparable(contexts)
-    sweep = _sweep(acceptance, trials, concurrency)
+    sweep = _sweep(acceptance, trials, concurrency, grounding.rigor)
     found = {
         "concurrency": concurrency,
         "decision": decision,
@@ -295,7 +295,7 @@ def _step_cost(arms: dict[str, dict[str, Any]], tested: str = TRAINED) -> float:
     return float(arms[tested]["tpot_ms"]["median"] * arms[tested]["acceptance_length"] / arms[STANDING]["tpot_ms"]["median"])
 
 
-def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency: int) -> list[dict[str, Any]]:
+def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency: int, rigor: str) -> list[dict[str, Any]]:
     """Every further K of the session, against the standing trials of its own pairs."""
     found = []
     for name, arm in acceptance["arms"].items():
@@ -321,7 +321,7 @@ def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency
                 "direction": tpot.direction,
                 "context": context.descriptor(
                     acceptance, name, arms[name], concurrency,
-                    {"percent_of_sol": None, "ceiling": sol.NO_CEILING, "rigor": "L2"},
+                    {"percent_of_sol": None, "ceiling": sol.NO_CEILING, "rigor": rigor},
                 ).as_dict(),
             }
         )  # fmt: skip

@@ -380,7 +380,7 @@ def test_preflight_table_fits_a_terminal(tmp_path):
 def test_disk_and_time_show_their_formula(tmp_path):
     found = checks(tmp_path)
     assert "10 rows × 64 tokens × 4 states × 4096 × 2 bytes = 0.0 GB of features" in found["disk"]["reason"]
-    assert "2 × parameters × 640 tokens at 40% of 990 TFLOP/s" in found["capture time"]["reason"]
+    assert "2 × parameters × 640 tokens at 30% of 989 TFLOP/s" in found["capture time"]["reason"]
 
 
 def test_time_goes_by_what_was_measured_of_this_target(tmp_path):
