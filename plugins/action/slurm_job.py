@@ -81,7 +81,9 @@ class ActionModule(ActionBase):
         """What became of the job: one query a poll for all jobs of the play that are waited for on the same host."""
         question = {key: arguments[key] for key in ("experiment", "name", "directory")}
         same = {key: arguments[key] for key in SAME if key in arguments}
-        connection = [self._play_context.remote_addr, self._play_context.remote_user, self._task.delegate_to, self._task.become]
+        # Hosts of other names may be one machine: that of the play, or one address.
+        address = "" if self._connection.transport == "local" else self._play_context.remote_addr
+        connection = [self._connection.transport, address, self._play_context.remote_user, self._task.become]
         board = Board(constants.DEFAULT_LOCAL_TMP, [connection, same])
 
         def ask(questions: list[dict[str, Any]]) -> dict[str, Any]:

@@ -761,3 +761,36 @@ def test_node_is_drained_for_a_measurement_and_resumed_after_an_aborted_play(sit
     assert ended(kept_off).nodes == "n2"
     with pytest.raises(SpecDecodeError, match="not for 'train'"):
         bench_window.open_window(path, "tiny", "n2", "train", "faster", Serving(), slurm)
+
+
+def test_one_query_serves_all_jobs_of_a_play(site, tmp_path):
+    """Three hosts of one play wait for a job each; what squeue is asked is written down."""
+    specs = {name: site.spec("sleep 4") for name in ("one", "two", "three")}
+    real, log = (
+        shutil.which("squeue", path=f"{site.cluster.environment.get('PATH', '')}:{os.environ['PATH']}"),
+        tmp_path / "calls",
+    )
+    shim = tmp_path / "bin/squeue"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\necho "$*" >> {log}\nexec {real} "$@"\n')
+    shim.chmod(0o755)
+    own = {name: task(spec, poll_interval=1) for name, spec in specs.items()}
+    arguments = {key: "{{ own[inventory_hostname]." + key + " }}" for key in own["one"]}
+    play = playbook(tmp_path, arguments, hosts="side", vars={"own": own})
+    hosts = tmp_path / "hosts.ini"
+    hosts.write_text("\n".join(["[side]", *specs, ""]))
+    output = finished(
+        run_play(
+            play,
+            "-i",
+            str(hosts),
+            "-e",
+            "ansible_connection=local",
+            "-e",
+            f"ansible_python_interpreter={sys.executable}",
+            PATH=f"{shim.parent}:{os.environ['PATH']}",
+        )
+    )
+    assert output.count("state: COMPLETED") == 3
+    asked = [re.search(r"--name=(\S+)", line)[1].split(",") for line in log.read_text().splitlines()]
+    assert max(map(len, asked)) == 3, asked
