@@ -143,6 +143,11 @@ def until(condition, what, limit_s=LIMIT_S):
     pytest.fail(f"not within {limit_s} s: {what}")
 
 
+def importing() -> dict[str, str]:
+    """The environment of a client that is a process of its own."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / ".collections")}
+
+
 def executor(**settings) -> SlurmExecutor:
     return SlurmExecutor(Settings(**settings))
 
@@ -163,6 +168,15 @@ def ended(spec, **settings):
 
 def is_running(spec):
     return until(lambda: (seen := look(spec)).state is State.RUNNING and seen, "the job runs")
+
+
+#: a script that waits for the test
+WHEN_TOLD = "until [ -e go ]; do sleep 0.1; done"
+
+
+def tell(spec, word="go"):
+    with open(os.path.join(spec.chdir, word), "w"):
+        pass
 
 
 def attached(spec, limit_s=LIMIT_S, **settings):
@@ -208,12 +222,13 @@ def test_job_gets_its_arguments_environment_and_marks(site, overdue):
 
 
 def test_script_that_is_edited_after_submission_runs_as_submitted(site):
-    first = site.spec("sleep 0.1", name="first")
+    first = site.spec(WHEN_TOLD, name="first")
     spec = site.spec("echo original > out", name="second", experiment=first.experiment, needs=("first",))
     submitted(first)
     submitted(spec)
     with open(spec.script, "a") as stream:
         stream.write("echo edited > out\n")
+    tell(first)
     ended(spec)
     assert open(os.path.join(spec.chdir, "out")).read() == "original\n"
 
@@ -296,7 +311,7 @@ def test_client_killed_right_after_sbatch(site):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "jobs.ensure(pickle.loads(bytes.fromhex(sys.argv[1])), Dies(), jobs.Policy())\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program, pickle.dumps(spec).hex()], check=False)
+    killed = subprocess.run([sys.executable, "-c", program, pickle.dumps(spec).hex()], env=importing(), check=False)
     assert killed.returncode == -signal.SIGKILL
     assert jobs.read_record(spec).last.job_id == ""
     outcome = attached(spec)
@@ -319,7 +334,9 @@ def test_client_and_its_sbatch_killed_in_mid_call(site):
         "jobs.ensure(pickle.loads(bytes.fromhex(sys.argv[1])), Late(), jobs.Policy())\n"
     )
     with site.cluster.paused("slurmctld"):
-        client = subprocess.Popen([sys.executable, "-c", program, pickle.dumps(spec).hex()], start_new_session=True)
+        client = subprocess.Popen(
+            [sys.executable, "-c", program, pickle.dumps(spec).hex()], env=importing(), start_new_session=True
+        )
         until(lambda: jobs.read_record(spec) and jobs.read_record(spec).last.details.get("submitting_at"), "sbatch is called")
         time.sleep(0.5)  # sbatch has sent, and waits
         os.killpg(client.pid, signal.SIGKILL)
@@ -581,16 +598,17 @@ def test_lost_record_is_found_by_name(site):
 
 @fault
 def test_chain_stops_at_the_first_failure_and_goes_on_after_it_is_mended(site):
-    first = site.spec("[ -e mended ]", name="first")
+    first = site.spec(f"{WHEN_TOLD}; [ -e mended ]", name="first")
     second = site.spec("true", name="second", experiment=first.experiment, needs=("first",))
     third = site.spec("true", name="third", experiment=first.experiment, needs=("second",))
     for spec in (first, second, third):
         submitted(spec)
+    tell(first)
     assert ended(first).state is State.FAILED
     for spec in (second, third):
         seen = ended(spec)
         assert (seen.state, seen.never_ran) == (State.CANCELLED, True), seen
-    open(os.path.join(first.chdir, "mended"), "w").close()
+    tell(first, "mended")
     assert jobs.ensure(first, executor(), Policy()).action is Action.RESUBMIT
     for spec in (second, third):
         assert jobs.ensure(spec, executor(), Policy(attempts=1)).action is Action.SUBMIT
@@ -600,10 +618,11 @@ def test_chain_stops_at_the_first_failure_and_goes_on_after_it_is_mended(site):
 
 @fault
 def test_red_gate_in_the_job_stops_what_needs_it(site):
-    first = site.spec("true", name="first", verify=("/bin/bash", "-c", "echo the gate is red; exit 3"))
+    first = site.spec(WHEN_TOLD, name="first", verify=("/bin/bash", "-c", "echo the gate is red; exit 3"))
     second = site.spec("true", name="second", experiment=first.experiment, needs=("first",))
     submitted(first)
     submitted(second)
+    tell(first)
     seen = ended(first)
     assert (seen.state, seen.exit_code) == (State.FAILED, 3) and "the gate is red" in open(first.log).read()
     assert ended(second).never_ran and site.starts(second) == 0
@@ -716,7 +735,7 @@ def test_wait_survives_a_lost_connection(site, tmp_path):
             broken.touch()
         if "the connection is lost, trying again: " in line:
             broken.unlink(missing_ok=True)
-            open(os.path.join(spec.chdir, "enough"), "w").close()
+            tell(spec, "enough")
     output = "".join(shown)
     assert process.wait() == 0, output
     assert re.search(r"work RUNNING \d\d:\d\d:\d\d on n1 · step 1200/10000 · acc_0 0.61", output), output
