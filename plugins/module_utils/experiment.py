@@ -11,6 +11,7 @@ import re
 import textwrap
 from typing import Any
 
+from . import typed
 from .draft_config import METHODS
 from .errors import SpecDecodeError
 from .files import sha256_value
@@ -56,6 +57,7 @@ def bundle_of(work_dir: str, name: str) -> str:
 
 def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The experiment from what was derived and what the user set. Everything later phases need stands in it."""
+    settings = typed.settings(settings)
     method, values = plan["method"], plan["values"]
     name = checked_name(settings["name"] or f"{values['slug']}-{method}")
     bundle = bundle_of(settings["work_dir"], name)
