@@ -34,7 +34,7 @@ def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> di
         raise SpecDecodeError(
             f"The candidate's draft {model} is no folder with a config.json.", "Download the draft first, and give its folder."
         )
-    if not int(config.get("num_speculative_tokens") or 0) > 0:
+    if int(config.get("num_speculative_tokens") or 0) <= 0:
         raise SpecDecodeError("The candidate does not say how many tokens to draft.", "Give num_speculative_tokens.")
     try:
         with open(prompts, encoding="utf-8") as stream:

@@ -16,6 +16,7 @@ is higher, never lower. A mixture of experts reads a part of its weights that no
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -30,7 +31,7 @@ def ceiling_for(hardware: str, table: dict[str, Any], own: dict[str, Any] | None
     """The key and the peaks of this hardware: the user's own measured ones, else the table's."""
     if own:
         missing = [name for name in ("key", "memory_bandwidth_bytes_per_s", "source") if not own.get(name)]
-        if missing or not float(own["memory_bandwidth_bytes_per_s"]) > 0:
+        if missing or not 0 < float(own["memory_bandwidth_bytes_per_s"]) < math.inf:
             raise SpecDecodeError(
                 f"The ceiling in spec_sol_ceiling lacks {' and '.join(missing) or 'a bandwidth above zero'}.",
                 "Give key, memory_bandwidth_bytes_per_s and source (how it was measured).",

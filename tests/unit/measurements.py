@@ -69,8 +69,8 @@ def measurement(standing, trained, rates=(0.9, 0.8, 0.7), base_rates=(), kind="g
     }  # fmt: skip
 
 
-def judge(found, train=HEALTHY, convert=RIGHT_LAYERS, dataset=HELD_OUT, **more):
-    return verdict.judge(found, train=train, convert=convert, dataset=dataset, **more)
+def judge(found, **given):
+    return verdict.judge(found, **{"train": HEALTHY, "convert": RIGHT_LAYERS, "dataset": HELD_OUT, **given})
 
 
 WIN = ([5.0, 5.1, 5.0], [2.5, 2.6, 2.5])

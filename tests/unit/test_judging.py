@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pathlib
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import pytest
 import yaml

@@ -54,8 +54,8 @@ NodeName=s1 Arch=x86_64 State=IDLE+DRAIN Partitions=serving Reason=disk is broke
 CONFIG = "PreemptMode             = REQUEUE\nPreemptType             = preempt/partition_prio\nMessageTimeout          = 5 sec\n"
 
 
-def admit(serving=Serving(), config=CONFIG, qualities={}, **options):  # noqa: B006 (read only)
-    return slurm_policy.admit(options, serving, PARTITIONS, NODES, config, qualities)
+def admit(serving=Serving(), config=CONFIG, qualities=None, **options):
+    return slurm_policy.admit(options, serving, PARTITIONS, NODES, config, qualities or {})
 
 
 # what Slurm prints
@@ -209,8 +209,9 @@ def test_tiers_do_not_matter_without_preemption():
 @pytest.mark.parametrize(
     ("hosts", "names"),
     [
-        ("", []), ("(null)", []), ("n1", ["n1"]), ("n[1-3]", ["n1", "n2", "n3"]), ("gpu[08-10,12],login",
-        ["gpu08", "gpu09", "gpu10", "gpu12", "login"]), ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("", []), ("(null)", []), ("n1", ["n1"]), ("n[1-3]", ["n1", "n2", "n3"]),
+        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
     ],
 )  # fmt: skip
 def test_host_lists(hosts, names):
