@@ -93,6 +93,13 @@ def checks(tree: pathlib.Path) -> list[Check]:
             )
             for name in sorted(path.parent.name for path in ROOT.glob("extensions/molecule/*/molecule.yml"))
         ),
+        Check(
+            "rendered documentation",
+            [str(BIN / "antsibull-docs"), "lint-collection-docs", "--plugin-docs", "."],
+            fast=False,
+            cwd=copied,
+            light=True,
+        ),
         Check("the collection installed", [*PYTEST, "tests/collection"], fast=False, light=True),
     ]
 
