@@ -24,19 +24,21 @@ def links(experiment: dict[str, Any], phases: Sequence[str], thresholds: dict[st
             "experiment": experiment["name"],
             "phase": phase,
             "after": checked if number == 1 else [],
-            "verify": _judge(experiment, phase, thresholds),
+            **_judge(experiment, phase, thresholds),
         }
         for number, phase in enumerate(wanted)
     ]
 
 
-def _judge(experiment: dict[str, Any], phase: str, thresholds: dict[str, Any]) -> list[str]:
-    gate = GATES.get(phase)
-    if gate is None:
-        return []
+def _judge(experiment: dict[str, Any], phase: str, thresholds: dict[str, Any]) -> dict[str, Any]:
+    """The phase's gate, for the play where the work is done already, and as the command that the job itself ends with."""
+    gate = GATES.get(phase, "")
+    if not gate:
+        return {"gate": "", "evidence": {}, "thresholds": {}, "verify": []}
     limits = {**({"layers": experiment["aux_layers"]} if gate == "capture" else {}), **(thresholds.get(gate) or {})}
     evidence = {"convert" if gate == "artifact" else phase: experiment["jobs"][phase]["result"]}
-    return [
+    verify = [
         experiment["engine_python"], f"{experiment['bundle']}/judge_gate.py", "--gate", gate,
         "--evidence", json.dumps(evidence), "--thresholds", json.dumps(limits),
     ]  # fmt: skip
+    return {"gate": gate, "evidence": evidence, "thresholds": limits, "verify": verify}

@@ -158,5 +158,6 @@ def test_red_gate_stops_the_chain(site):
     assert site.state(jobs["dataset"]) == "FAILED" and site.state(jobs["capture"]) == "CANCELLED"
     log = (site.work / "red-test/spec-decode/jobs/dataset/output.log").read_text()
     assert "The dataset gate is red" in log
-    output = site.play("train_draft", code=2, target=str(site.target), **red)
-    assert "The dataset gate is red" in " ".join(output.split())
+    for chain in (False, True):  # neither a play in steps nor another chain gets past it
+        output = site.play("train_draft", code=2, target=str(site.target), spec_chain=chain, **red)
+        assert "The dataset gate is red" in " ".join(output.split())
