@@ -99,10 +99,14 @@ def slurm() -> Iterator[dict[str, str]]:
         site.down()
 
 
-def environment() -> dict[str, str]:
-    # Intel's OpenMP, which the engine's environment holds anyway, keeps idle threads from slowing the busy ones.
-    library = ROOT / ".engine/lib/libiomp5.so"
-    return {**os.environ, **({"LD_PRELOAD": str(library)} if library.exists() else {})}
+def environment(engine: pathlib.Path = ROOT / ".engine") -> dict[str, str]:
+    # Intel's OpenMP, which the engine's environment holds anyway, keeps idle threads from slowing the busy ones. The
+    # loader splits LD_PRELOAD at blanks, so that a library is named alone and found by its folder.
+    library = engine / "lib/libiomp5.so"
+    if not library.exists():
+        return dict(os.environ)
+    folders = [str(library.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {**os.environ, "LD_PRELOAD": library.name, "LD_LIBRARY_PATH": os.pathsep.join(folders)}
 
 
 def phase_times(results: pathlib.Path) -> dict[str, float]:
