@@ -77,7 +77,7 @@ def run(module: AnsibleModule) -> dict:
     root = os.path.realpath(module.params["path"])
     changed, diff = [], []
     for name, content in sorted(module.params["files"].items()):
-        path = os.path.normpath(os.path.join(root, name))
+        path = os.path.realpath(os.path.join(root, name))  # a link must not lead out either
         if os.path.commonpath([root, path]) != root or path == root:
             raise SpecDecodeError(f"The file name {name!r} leads out of the bundle {root}.", "Give a path below it.")
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
