@@ -75,7 +75,7 @@ def checks(tree: pathlib.Path) -> list[Check]:
         Check("ansible-lint", [str(BIN / "ansible-lint"), "--offline", "--profile", "production"], cwd=copied),
         Check("changelog", [str(BIN / "antsibull-changelog"), "lint"]),
         Check("unit tests", [*PYTEST, "-n", "2", "tests/unit"]),
-        Check("the loop, for real", [*PYTEST, "-x", "tests/integration", "--ignore", SLURM_TESTS], fast=False),
+        Check("the loop, for real", [*PYTEST, "tests/integration", "--ignore", SLURM_TESTS], fast=False),
         Check("faults on a real Slurm", [*PYTEST, SLURM_TESTS], fast=False),
         Check("every target of transformers", [*PYTEST, "tests/targets"], fast=False),
         Check(
@@ -162,8 +162,10 @@ def run(check: Check, environment: dict[str, str], fast: bool) -> Row:
     if obstacle:
         return Row(check.name, "skipped", obstacle)
     started = time.monotonic()
+    # What measures a real engine comes first; what runs beside it takes what is left of the processor.
+    command = ["nice", "-n", "10", *check.command] if check.light else check.command
     answer = subprocess.run(
-        check.command, cwd=check.cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        command, cwd=check.cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     good = answer.returncode == 0
     row = Row(check.name, "passed" if good else "FAILED", summary(answer.stdout), time.monotonic() - started)

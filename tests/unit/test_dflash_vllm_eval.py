@@ -275,8 +275,11 @@ def test_by_hand_against_a_known_pace(client, paced, tmp_path, monkeypatch, caps
     found = json.loads(out.read_text())
     assert [trial["client"]["concurrency"] for trial in found["trials"]] == [1, 3]
     for trial in found["trials"]:
-        # Three tokens every 20 ms, whatever a busy machine adds or takes; a chunk taken for a token would be 20 ms.
-        assert 4 < trial["client"]["tpot_ms"]["median"] < 15
+        for request in trial["requests"]:
+            # 31 tokens in 11 chunks: the time from the first to the last is that of 30 tokens, not of 10 chunks.
+            assert (request["output_tokens"], request["chunks"]) == (31, 11)
+            assert request["tpot_s"] == pytest.approx((request["e2e_s"] - request["ttft_s"]) / 30)
+            assert request["e2e_s"] - request["ttft_s"] > 0
         assert trial["engine"]["acceptance_length"] == 3 and trial["client"]["requests"] == 3
     assert found["context"]["prompts"]["count"] == 3 and found["context"]["server"][1] == "server_info"
     assert "concurrency 3, trial 1: TPOT median" in capsys.readouterr().out
