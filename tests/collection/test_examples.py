@@ -135,7 +135,7 @@ def test_deployment_takes_a_verdict_from_the_inventory(installed, tmp_path):
         example = ROOT / "docs/examples/deploy_with_verdict.yml"
         shown[experiment] = run(
             BIN / "ansible-playbook", example, "-i", tmp_path / "hosts.yml", "-e", f"experiment={experiment}",
-            env=installed.environment,
+            env=installed.environment, cwd=tmp_path,
         ).stdout  # fmt: skip
     assert "--speculative-config" in shown["good"] and "/drafts/a" in shown["good"]
     assert "--speculative-config" not in shown["early"] + shown["none"]

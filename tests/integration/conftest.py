@@ -24,6 +24,14 @@ class Built:
         self.data = self.work / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def facts_of_their_own(tmp_path_factory):
+    """Verdicts of test experiments do not stay in the checkout's cache of facts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANSIBLE_CACHE_PLUGIN_CONNECTION", str(tmp_path_factory.mktemp("facts")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """A target of 8 layers that learned a little; paths hold blanks, quotes and a command."""
