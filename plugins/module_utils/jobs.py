@@ -211,8 +211,12 @@ class Record:
 
     @property
     def tries(self) -> int:
-        """Attempts that began since the last failure that the user was told about."""
-        return sum(not attempt.details.get("never_ran") for attempt in self.attempts[self.forgiven :])
+        """Attempts that began and failed since the last failure that the user was told about.
+
+        One that was complete once, and whose result somebody took away or replaced, is no failure.
+        """
+        since = self.attempts[self.forgiven :]
+        return sum(not (attempt.details.get("never_ran") or attempt.details.get("was_complete")) for attempt in since)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -570,6 +574,8 @@ def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
     attempt.exit_code, attempt.signal = sighting.exit_code, sighting.signal
     if sighting.never_ran:
         attempt.details["never_ran"] = True
+    if sighting.state is State.COMPLETED:
+        attempt.details["was_complete"] = True
     write_record(spec, record)
 
 

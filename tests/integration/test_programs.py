@@ -126,6 +126,7 @@ def arms(built, bundle, tmp_path, ports=(0, 0), arguments=()):
         "startup_timeout_s": 120, "server_arguments": list(arguments), "server_environment": {"VLLM_CPU_KVCACHE_SPACE": "1"},
         "arms": [{"name": "standing", "speculative_config": None}, {"name": "trained", "speculative_config": None}],
     }  # fmt: skip
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"conversations": [{"role": "user", "content": "Hello"}]}) + "\n")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/arms.json").write_text(json.dumps(plan))
     out = tmp_path / "acceptance.json"

@@ -136,11 +136,11 @@ def test_later_play_attaches_to_the_chain_and_does_no_work(site):
 
 def test_preempted_training_equals_an_undisturbed_one(site, tmp_path):
     found = site.result("train")
-    recipe = f'. "{site.bundle}/recipe.env"; cd "{site.bundle}"'
     subprocess.run(
-        ["bash", "-c", f'set -eu; {recipe}; exec "$ENGINE_PYTHON" train_draft.py --config "$TRAIN_CONFIG" --features features'
-         ' --target-model-path "$TARGET_MODEL_PATH" --aux-layers "$AUX_LAYERS" --output "$1" --result "$1/train.json"',
-         "undisturbed", str(tmp_path)],
+        ["bash", "-c", 'set -eu; . "$2/recipe.env"; cd "$2"; exec "$ENGINE_PYTHON" train_draft.py --config "$TRAIN_CONFIG"'
+         ' --features features --target-model-path "$TARGET_MODEL_PATH" --aux-layers "$AUX_LAYERS" --output "$1"'
+         ' --result "$1/train.json"',
+         "undisturbed", str(tmp_path), str(site.bundle)],
         check=True, capture_output=True, timeout=LIMIT_S,
     )  # fmt: skip
     undisturbed = json.loads((tmp_path / "train.json").read_text())

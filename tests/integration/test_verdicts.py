@@ -174,4 +174,4 @@ def test_prompt_lookup_that_loses_goes_through_the_public_playbook(built, bundle
     assert "<svg" in (found / "report.html").read_text() and "method=eagle3" in (found / "results/levers.json").read_text()
     refused = play("promote_draft", check=False, **site(built), experiment="lookup")
     assert "the decision is do not ship, not ship" in " ".join(refused.split())
-    assert not (found / "deploy").exists(), "nothing may be written for a draft that lost"
+    assert not list(found.glob("deploy/standing-*")), "nothing may be written for a draft that lost"

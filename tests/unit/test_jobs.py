@@ -109,6 +109,22 @@ def test_exit_code_zero_without_result_is_a_failure(spec):
     assert jobs.ensure(spec, executor, Policy()).action is Action.RESUBMIT
 
 
+def test_result_that_is_taken_away_costs_no_attempt(spec):
+    """Recipes run by hand, or a deleted result: the work is done again however often, a failure is not."""
+    executor = ScriptedExecutor()
+    for number in range(1, 6):
+        assert jobs.ensure(spec, executor, Policy(attempts=2)).changed and len(executor.submitted) == number
+        executor.seen = Sighting(State.COMPLETED, exit_code=0)
+        finish(spec, spec.fingerprint())
+        assert jobs.ensure(spec, executor, Policy(attempts=2)).action is Action.NOTHING
+        os.unlink(spec.result)
+        assert jobs.query(spec, executor).state is State.FAILED
+    for _failure in range(2):
+        assert jobs.ensure(spec, executor, Policy(attempts=2)).action is Action.RESUBMIT
+    with pytest.raises(SpecDecodeError, match=r"its 2 attempt\(s\) are used up"):
+        jobs.ensure(spec, executor, Policy(attempts=2))
+
+
 def test_result_of_the_same_work_needs_no_record(spec):
     finish(spec, spec.fingerprint())
     executor = ScriptedExecutor(Sighting(State.ABSENT))
