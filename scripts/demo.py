@@ -74,7 +74,7 @@ def playbook_command(site: str, target: pathlib.Path, method: str, extra: list[s
     return [
         "ansible-playbook", "playbooks/train_draft.yml", *[f"--inventory=inventories/{name}" for name in inventories],
         *(["-e", json.dumps(settings)] if site != "local" else []),
-        "-e", f"target={target}", "-e", f"method={method}", "-e", "chat_template=qwen", *extra,
+        "-e", variable("target", str(target)), "-e", f"method={method}", "-e", "chat_template=qwen", *extra,
     ]  # fmt: skip
 
 
@@ -97,6 +97,11 @@ def slurm() -> Iterator[dict[str, str]]:
     finally:
         print(f"demo: its jobs:\n{site.run('squeue', '--states=all', '--format=%i %j %T %N %M')}", flush=True)
         site.down()
+
+
+def variable(name: str, value: str) -> str:
+    """A variable for ansible-playbook's -e, which splits the short form at blanks and takes quotes off."""
+    return f"{name}={value}" if shlex.quote(value) == value else json.dumps({name: value})
 
 
 def environment(engine: pathlib.Path = ROOT / ".engine") -> dict[str, str]:

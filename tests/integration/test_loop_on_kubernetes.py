@@ -40,9 +40,14 @@ def site(built, tmp_path_factory):
     cluster.claims = {"models": models, "work": built.work}
     engine = str(ROOT / ".engine/bin/python")
     libraries = ROOT / ".engine/lib/libiomp5.so"
-    environment = {"PATH": os.environ["PATH"], "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": os.environ["PATH"], "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+        # One core for the servers: the double's Service passes their tokens on, and must not wait for a core itself.
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+    }  # fmt: skip
     if libraries.exists():
-        environment["LD_PRELOAD"] = str(libraries)
+        # The loader splits LD_PRELOAD at blanks.
+        environment.update(LD_PRELOAD=libraries.name, LD_LIBRARY_PATH=str(libraries.parent))
     commands = {"vllm": [engine, "-m", "vllm.entrypoints.cli.main"], "python3": [engine]}
     cluster.images[SERVER] = Image(process=containers(commands, environment))
     yield loop, cluster

@@ -367,7 +367,7 @@ class Cluster:
             wanted[meta["uid"]] = [self._address(pod, 8000) for pod in chosen]
             if meta["uid"] not in self._proxies:
                 self._proxies[meta["uid"]] = Proxy(spec["clusterIP"], spec["ports"][0]["port"])
-            self._proxies[meta["uid"]].targets = wanted[meta["uid"]]
+            self._proxies[meta["uid"]].direct(wanted[meta["uid"]])
         for uid in set(self._proxies) - set(wanted):
             self._proxies.pop(uid).close()
 

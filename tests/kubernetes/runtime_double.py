@@ -11,13 +11,13 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 Object = dict[str, Any]
 
@@ -130,42 +130,33 @@ def _translator(places: dict[str, str], address: str) -> Callable[[str], str]:
 
 
 class Proxy:
-    """A Service's address: each connection goes to the first of its pods."""
+    """A Service's address, see ``service_proxy.py``."""
 
     def __init__(self, address: str, port: int) -> None:
-        self.targets: list[tuple[str, int]] = []
-        self._listener = socket.create_server((address, port))
-        threading.Thread(target=self._accept, daemon=True).start()
+        program = pathlib.Path(__file__).with_name("service_proxy.py")
+        self._process = subprocess.Popen(
+            [sys.executable, program, address, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._targets: list[tuple[str, int]] = []
+        if self._stream(self._process.stdout).readline() != "listening\n":
+            raise OSError(f"the Service's address {address}:{port} cannot be had")
+
+    def direct(self, targets: list[tuple[str, int]]) -> None:
+        """Send new connections to the first of these."""
+        if targets != self._targets:
+            self._targets = list(targets)
+            stream = self._stream(self._process.stdin)
+            stream.write(json.dumps(targets) + "\n")
+            stream.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._process.kill()
+        self._process.wait()
+        self._stream(self._process.stdin).close()
+        self._stream(self._process.stdout).close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _address = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            server = socket.create_connection(self.targets[0], timeout=10)
-        except (IndexError, OSError):
-            client.close()
-            return
-        for one in (client, server):
-            one.settimeout(None)
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=pump, args=(client, server), daemon=True).start()
-        pump(server, client)
-
-
-def pump(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(data)
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)
+    @staticmethod
+    def _stream(found: IO[str] | None) -> IO[str]:
+        if found is None:
+            raise OSError("the proxy has no pipes")
+        return found

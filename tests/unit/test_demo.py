@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import json
 import os
 import pathlib
 import shutil
@@ -40,3 +41,16 @@ def test_the_openmp_library_is_loaded_from_a_folder_with_blanks(demo, tmp_path):
 
 def test_without_the_library_the_environment_is_the_callers(demo, tmp_path):
     assert demo.environment(tmp_path) == dict(os.environ)
+
+
+@pytest.mark.parametrize("value", ["/models/base", '/my models/it\'s a "base" $(touch hacked)'])
+def test_any_path_reaches_the_playbook_whole(demo, tmp_path, value):
+    play = tmp_path / "play.yml"
+    play.write_text(
+        "- hosts: localhost\n  gather_facts: false\n  tasks:\n    - ansible.builtin.assert: {that: target == wanted}\n"
+    )
+    command = [pathlib.Path(sys.executable).with_name("ansible-playbook"), play, "-e", demo.variable("target", value)]
+    answer = subprocess.run(
+        [*command, "-e", json.dumps({"wanted": value})], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout
