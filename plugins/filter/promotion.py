@@ -5,24 +5,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
 from ansible_collections.inference.spec_decode.plugins.module_utils import promotion
-from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-
-
-def _as_filter(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except SpecDecodeError as error:
-            raise AnsibleFilterError(str(error)) from error
-
-    return wrapped
+from ansible_collections.inference.spec_decode.plugins.plugin_utils.filters import as_filter
 
 
 class FilterModule:
@@ -36,4 +23,4 @@ class FilterModule:
             "serving_container": promotion.find_container,
             "serving_arguments": promotion.arguments_with,
         }
-        return {name: _as_filter(function) for name, function in functions.items()}
+        return {name: as_filter(function) for name, function in functions.items()}
