@@ -44,7 +44,7 @@ async def main(address: str, port: int) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     print("listening", flush=True)
     while line := await lines.readline():
-        targets[:] = [(host, number) for host, number in json.loads(line)]
+        targets[:] = map(tuple, json.loads(line))
 
 
 if __name__ == "__main__":
