@@ -283,6 +283,8 @@ def client_figures(requests: list[Request], good: list[Request], seconds: float,
         "errors": len(requests) - len(good),
         "seconds": seconds,
         "concurrency": concurrency,
+        # Little's law: a trial's beginning and end have fewer in flight than asked for, all the more the fewer its prompts.
+        "in_flight": sum(request.e2e_s for request in good) / seconds,
     }
 
 

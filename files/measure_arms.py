@@ -23,7 +23,7 @@ from typing import Any
 import dflash_vllm_eval as client
 from arm_servers import Fleet, RunningServer, Server, free_port
 from spec_decode import dcgm, resolved
-from spec_decode.arms import Arm, Step, arms, complete, key_of, remaining, resident, schedule
+from spec_decode.arms import Arm, Step, arms, complete, key_of, most_prompts, prompts_wanted, remaining, resident, schedule
 from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
 from spec_decode.hardware import describe_hardware
 from spec_decode.program import PhaseResult, run
@@ -86,7 +86,7 @@ class Session:
 
     def __init__(self, plan: dict[str, Any], made: dict[str, Arm], fleet: Fleet, access: Access, progress: Progress) -> None:
         self._plan, self._arms, self._fleet, self._access, self._progress = plan, made, fleet, access, progress
-        prompts = read_prompts(plan["prompts"]["path"], plan["prompts"]["count"])
+        prompts = read_prompts(plan["prompts"]["path"], plan["prompts"]["count"], most=most_prompts(plan))
         self._load = client.Load(
             model=plan["model"],
             prompts=prompts,
@@ -139,7 +139,11 @@ class Session:
             with dcgm.watching(self._plan["device_metrics"]) as device:
                 trial = client.run_trial(
                     server.url,
-                    dataclasses.replace(self._load, concurrency=step.concurrency),
+                    dataclasses.replace(
+                        self._load,
+                        prompts=self._load.prompts[: prompts_wanted(self._plan, step.concurrency)],
+                        concurrency=step.concurrency,
+                    ),
                     speculative=self._arms[step.arm].speculative_config is not None,
                     access=self._access,
                     num_speculative_tokens=self._arms[step.arm].num_speculative_tokens,

@@ -26,6 +26,8 @@ REQUIRED = ("model", "target", "prompts", "max_tokens", "temperature", "seed", "
 #: vLLM's default share of a GPU's memory, and how much all resident servers together may take
 MEMORY_SHARE, MOST_MEMORY = 0.9, 0.95
 MEMORY_FLAG = re.compile(r"^--gpu[-_]memory[-_]utilization(?:=(.*))?$")
+#: prompts for each request in flight that keep a trial's end, where the slots run empty, short beside the whole
+PROMPTS_A_SLOT = 5
 NAME = re.compile(r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
 
 
@@ -93,6 +95,16 @@ def complete(plan: dict[str, Any]) -> dict[str, Any]:
     if whole["resident"] not in ("auto", True, False):
         raise SpecDecodeError(f"The plan's resident is {whole['resident']!r}, but must be auto, true or false.")
     return whole
+
+
+def prompts_wanted(plan: dict[str, Any], concurrency: int) -> int:
+    """How many prompts a trial takes, where there are that many: as the plan says, or more to keep all slots busy."""
+    return int(max(plan["prompts"]["count"], PROMPTS_A_SLOT * concurrency))
+
+
+def most_prompts(plan: dict[str, Any]) -> int:
+    """How many prompts the largest trial of the plan takes."""
+    return prompts_wanted(plan, max(plan["concurrencies"]))
 
 
 def arms(plan: dict[str, Any], draft: dict[str, Any]) -> dict[str, Arm]:

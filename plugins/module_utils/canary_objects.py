@@ -15,6 +15,7 @@ import os
 import re
 from typing import Any
 
+from .arms import most_prompts
 from .errors import SpecDecodeError
 from .files import sha256_text
 
@@ -223,7 +224,7 @@ def measuring_objects(canary: Object, part: str, plan: Object, prompts: str, pro
     name = f"prompts{os.path.splitext(plan['prompts']['path'])[1]}"
     inside = {**plan, "prompts": {**plan["prompts"], "path": f"{_PROGRAMS}/{name}"}}
     if name != "prompts.json":  # a row a line
-        prompts = "".join(prompts.splitlines(keepends=True)[: plan["prompts"]["count"]])
+        prompts = "".join(prompts.splitlines(keepends=True)[: most_prompts(plan)])
     files = {
         **_with_library(programs, ENGINE_PROGRAMS),
         "plan.json": json.dumps(inside, indent=2, sort_keys=True),

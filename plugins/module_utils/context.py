@@ -173,7 +173,7 @@ def descriptor(
         },
         "workload": {
             "dataset": plan["prompts"]["path"],
-            "prompts": plan["prompts"]["count"],
+            "prompts": figures["prompts"],
             "input_tokens_mean": round(figures["input_tokens_mean"], 1),
             "output_tokens_mean": round(figures["output_tokens_mean"], 1),
             "max_tokens": plan["max_tokens"],

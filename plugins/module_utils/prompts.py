@@ -16,8 +16,8 @@ LAYOUTS = ("auto", "lines", "custom", *conversations.LAYOUTS[1:])
 Prompt = tuple[dict[str, str], ...]
 
 
-def read_prompts(path: str, count: int = 0, layout: str = "auto") -> tuple[Prompt, ...]:
-    """The first ``count`` prompts of a file (0: all), in the file's order, as chat messages.
+def read_prompts(path: str, count: int = 0, layout: str = "auto", most: int = 0) -> tuple[Prompt, ...]:
+    """The first ``count`` prompts of a file (0: all), up to ``most`` if it holds more, in its order, as chat messages.
 
     Of a conversation the prompt is everything before the last assistant turn. With ``auto``, a name that ends in
     ``.txt`` means a prompt a line, rows with a ``prompt`` are custom ones, all others are conversations.
@@ -36,7 +36,7 @@ def read_prompts(path: str, count: int = 0, layout: str = "auto") -> tuple[Promp
         raise SpecDecodeError(f"The prompts {path} cannot be read: {error}.") from error
     if len(prompts) < max(count, 1):
         raise SpecDecodeError(f"{path} holds {len(prompts)} prompts, but {max(count, 1)} are asked for.", "Ask for fewer.")
-    return tuple(prompts[:count] if count else prompts)
+    return tuple(prompts[: max(count, most)] if count else prompts)
 
 
 def _layout_of(path: str) -> str:

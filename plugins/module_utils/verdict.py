@@ -31,6 +31,8 @@ DEFAULTS: dict[str, float] = {
     "healthy_accuracy": 0.5,
     "served_share_of_accuracy": 0.6,
     "impossible_tolerance": 0.05,
+    # Of the requests asked for in flight, the share that was there on average: fewer is another load than the one named.
+    "min_share_in_flight": 0.8,
 }
 #: methods that were trained on nothing of ours, so that every prompt is held out
 UNTRAINED = ("ngram", "ngram_gpu", "suffix", "mtp", "deepseek_mtp")
@@ -366,7 +368,9 @@ def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
         "output_tokens_per_s": describe([c["output_tokens_per_s"] for c in client]),
         "output_tokens_mean": std.fmean(c["output_tokens"]["mean"] for c in client),
         "input_tokens_mean": std.fmean(c["input_tokens"]["mean"] for c in client),
+        "in_flight": std.fmean(c["in_flight"] for c in client),
         "device": _device_means([trial.get("device") or {} for trial in trials]),
+        "prompts": client[0]["requests"],
         "requests": sum(c["requests"] for c in client),
         "errors": sum(c["errors"] for c in client),
     }
@@ -432,6 +436,11 @@ def tier_reasons(
     fewest = min(shape["pairs"] for shape in shapes)
     if fewest < limits["min_trials"]:
         reasons.append(f"{fewest} usable trials an arm, fewer than {limits['min_trials']:g}")
+    for shape in shapes:
+        held = min(arm["in_flight"] for arm in shape["arms"].values())
+        if held < limits["min_share_in_flight"] * shape["concurrency"]:
+            reasons.append(f"concurrency {shape['concurrency']} was not held: {held:.1f} requests were in flight on average;"
+                           f" measure with more prompts (spec_prompts, spec_eval_rows)")  # fmt: skip
     for difference in acceptance["differences"]:
         if not difference.get("follows_from_speculation"):
             reasons.append(f"the servers differ in {difference['field']}: {difference['values']}")

@@ -35,6 +35,7 @@ def trial(arm, pair, tpot, rates=(), concurrency=1, **client):
             "input_tokens": {"mean": 20.0},
             "requests": 16,
             "errors": 0,
+            "in_flight": 0.98 * concurrency,
             **client,
         },
         "engine": {

@@ -63,7 +63,7 @@ def of(kind, objects):
 
 def everything():
     canary = settings(scheduler="slurm", annotations={"slurm/lock": "1"}, cache={"hostPath": {"path": "/cache"}})
-    plan = {"model": "tiny", "prompts": {"path": "/x", "count": 2}, "arms": ARMS}
+    plan = {"model": "tiny", "prompts": {"path": "/x", "count": 2}, "concurrencies": [1], "arms": ARMS}
     source = [{"source": "/work/d", "destination": "/models/d", "sha": "0123"}]
     return [
         *canary_objects.canary_objects(canary, ARMS, PLACEMENT),
@@ -215,7 +215,7 @@ def test_the_staging_job_writes_to_the_serving_volume_only():
 
 
 def test_prompts_that_no_config_map_takes_are_refused():
-    plan = {"prompts": {"path": "/x", "count": 1}}
+    plan = {"prompts": {"path": "/x", "count": 1}, "concurrencies": [1]}
     with pytest.raises(SpecDecodeError, match="spec_prompts"):
         canary_objects.measuring_objects(settings(), "session-1", plan, "x" * 1_100_000, {})
 

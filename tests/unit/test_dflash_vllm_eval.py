@@ -187,6 +187,12 @@ def test_all_prompts_are_driven_at_any_concurrency(client, load):
     assert found["client"]["requests"] == 4 and [request["prompt"] for request in found["requests"]] == [0, 1, 2, 3]
 
 
+def test_requests_in_flight_are_counted_and_not_believed(client):
+    # Four answers of 1 s through three slots take 2 s: the second round has one request in flight.
+    requests = [client.Request(prompt=n, ttft_s=0.1, tpot_s=0.1, e2e_s=1.0, output_tokens=10) for n in range(4)]
+    assert client.client_figures(requests, requests, 2.0, 3)["in_flight"] == pytest.approx(2.0)
+
+
 def test_trial_that_the_server_contradicts_is_void(client, load):
     stub = Stub()
     stub.reported_tpot_s = 0.5

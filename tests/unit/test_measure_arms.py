@@ -84,6 +84,7 @@ def test_arms_that_run_already(program, plan, urls, tmp_path, monkeypatch):
         speculates = trial["arm"] == "trained"
         assert trial["engine"]["acceptance_length"] == (3 if speculates else None)
         assert len(trial["texts"]) == 2 and trial["client"]["concurrency"] == trial["concurrency"]
+        assert 0 < trial["client"]["in_flight"] <= trial["concurrency"]
     # 6 ms and 2 ms a token, whatever a busy machine adds or takes.
     tpot = {
         arm: statistics.median(t["client"]["tpot_ms"]["median"] for t in found["trials"] if t["arm"] == arm)
@@ -92,6 +93,14 @@ def test_arms_that_run_already(program, plan, urls, tmp_path, monkeypatch):
     assert tpot["standing"] > 1.5 * tpot["trained"]
     assert len(found["plan"]["prompts"]["sha256"]) == 64
     assert not (tmp_path / "acceptance.json.partial").exists()
+
+
+def test_more_requests_in_flight_take_more_prompts(program, plan, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("".join(f"question {number}\n" for number in range(8)))
+    plan.update(trials=1, aa_trials=0)
+    found = measure(program, plan, tmp_path, monkeypatch)
+    # Five for one in flight; ten for two, of which the file has eight.
+    assert [(trial["concurrency"], len(trial["texts"])) for trial in found["trials"]] == [(1, 5), (1, 5), (2, 8), (2, 8)]
 
 
 def test_whole_pairs_survive_a_kill(program, plan, tmp_path, monkeypatch):

@@ -31,6 +31,10 @@ def test_clear_win_is_a_verdict_to_ship():
         (lambda m: [a["resolved"].update(cudagraph_mode="NONE") for a in m["arms"].values()], "CUDA graphs are off"),
         (lambda m: [a["resolved"].update(enforce_eager=True) for a in m["arms"].values()], "served eagerly: standing, trained"),
         (lambda m: m.update(trials=[t for t in m["trials"] if t["pair"] < 3]), "2 usable trials an arm, fewer than 3"),
+        (
+            lambda m: [t["client"].update(in_flight=0.7) for t in m["trials"] if t["arm"] == "trained"],
+            "concurrency 1 was not held: 0.7 requests were in flight on average; measure with more prompts",
+        ),
         (lambda m: m["differences"].append({"field": "x.y", "values": {"standing": 1}}), "the servers differ in x.y"),
     ],
 )
@@ -39,6 +43,18 @@ def test_what_keeps_a_win_a_draft(change, words):
     change(found)
     result = judge(found)
     assert result["tier"] == "DRAFT" and any(words in reason for reason in result["tier_reasons"])
+
+
+def test_context_says_how_many_prompts_each_shape_had():
+    found = measurement(*WIN)
+    for pair in (1, 2, 3):
+        found["trials"] += [
+            trial("standing", pair, 5.0, (), 8, requests=40),
+            trial("trained", pair, 2.5, (0.9, 0.8), 8, requests=40),
+        ]
+    found["plan"]["concurrencies"] = [1, 8]
+    shapes = judge(found)["shapes"]
+    assert [shape["context"]["trained"]["workload"]["prompts"] for shape in shapes] == [16, 40]
 
 
 def test_prompts_must_be_proven_held_out():
