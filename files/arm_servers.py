@@ -32,6 +32,7 @@ class Server:
         self.command = [*command, "--port", str(port)]
         self.startup_s: list[float] = []
         self._environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment}
+        self._environment["PATH"] = searchable(self._environment.get("PATH", os.defpath))
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -152,6 +153,11 @@ def healthy(url: str, access: Access) -> bool:
     except OSError:
         return False
     return True
+
+
+def searchable(path: str) -> str:
+    """A PATH without the folders that may not be searched, where vLLM's /server_info would fail."""
+    return os.pathsep.join(folder for folder in path.split(os.pathsep) if os.access(folder or ".", os.X_OK))
 
 
 def error_lines(log: str) -> list[str]:

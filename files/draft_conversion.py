@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from spec_decode.checkpoint import read_target
 from spec_decode.checkpoints import is_of_scripts
+from spec_decode.draft_config import width_problem
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import read_json_object, sha256_files, tail, write_json
 from spec_decode.program import PhaseResult
@@ -77,6 +78,9 @@ def convert(options: argparse.Namespace, method: str, converter: Converter) -> N
         progress.update("exporting the checkpoint")
         exported = export(options, checkpoint, method, os.path.join(staging, "export"))
         converted = converter(exported, layers)
+        target = read_json_object(os.path.join(options.target_model_path, "config.json"), "target's config")
+        narrow = width_problem(converted.draft.config, target)
+        converted.problems += [f"{narrow}: it was trained for another target"] if narrow else []
         folder = os.path.join(staging, "draft")
         write_draft(converted.draft, folder)
         sha = sha256_files([os.path.join(folder, name) for name in os.listdir(folder)], folder)[:16]

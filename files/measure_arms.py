@@ -6,13 +6,15 @@
 
 Trials are taken in ABBA order, so that a drift of the machine touches both arms alike. Where both servers fit, they
 stay up and take turns; otherwise one is stopped before the other starts. The servers end with this program, however it
-ends. Pairs of trials that are whole survive a kill: the next start goes on with the rest.
+ends. Pairs of trials that are whole survive a kill, and a finished measurement that is asked for one more K or
+concurrency: what is missing is measured, each pair of it with a standing trial of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -65,20 +67,30 @@ def servers(plan: dict[str, Any], made: dict[str, Arm], logs: str, access: Acces
 class Measurement:
     """What was taken so far, on disk after every whole pair."""
 
-    def __init__(self, path: str, identity: str) -> None:
-        self._path, self._identity = path, identity
-        known = read_json_or_none(path, "partial measurement") or {}
-        same = known.get("identity") == identity
-        self.trials: list[dict[str, Any]] = known["trials"] if same else []
+    def __init__(self, out: str, identity: str) -> None:
+        self._path, self._identity = f"{out}.partial", identity
+        self.trials: list[dict[str, Any]] = []
         #: by arm: its flat configuration, where that was read, and how its server started
-        self.seen: dict[str, dict[str, Any]] = known["seen"] if same else {}
+        self.seen: dict[str, dict[str, Any]] = {}
+        for path, kind in ((self._path, "partial measurement"), (out, "measurement")):
+            known = read_json_or_none(path, kind) or {}
+            if known.get("identity") == identity:
+                # What no repetition could mend then is tried again now.
+                self.trials = [trial for trial in known["trials"] if not trial["void"]]
+                self.seen = known["seen"]
+                break
 
     def save(self) -> None:
-        write_json(self._path, {"identity": self._identity, "trials": self.trials, "seen": self.seen})
+        write_json(self._path, self.document)
 
     def discard(self) -> None:
         if os.path.exists(self._path):
             os.unlink(self._path)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """All of it, for the next start."""
+        return {"identity": self._identity, "seen": self.seen, "trials": self.trials}
 
 
 class Session:
@@ -116,10 +128,18 @@ class Session:
 
     def _look_at(self, name: str, before: dict[str, Any]) -> dict[str, Any]:
         server = self._fleet.servers[name]
-        config, source = resolved.of_running(server.url, self._access, server.log)
+        found = resolved.of_running(server.url, self._access, server.log)
+        if found.problem:
+            print(f"{found.problem}: the {name} arm's configuration was read from {found.source} instead", flush=True)
+        first = before or {"config": found.config, "resolved_from": found.source}
+        starts = {"first start": first["config"], "this start": found.config}
+        sources = {"first start": first["resolved_from"], "this start": found.source}
+        changed = resolved.differences(resolved.comparable(starts, sources))
+        known = {each["field"]: each for each in [*changed, *before.get("changed", [])]}
         return {
-            "config": config,
-            "resolved_from": source,
+            **first,
+            "problem": found.problem,
+            "changed": list(known.values()),
             "starts_s": [*before.get("starts_s", []), *server.startup_s[-1:]],
         }
 
@@ -168,9 +188,9 @@ def main() -> None:
     stay = resident(plan, hardware["kind"])
     plan["prompts"]["sha256"] = sha256_file(plan["prompts"]["path"])
     access = Access(os.environ.get("VLLM_API_KEY", ""), plan.get("ca_path", ""))
-    # Trials of another plan, of another draft or from another machine are not this measurement's.
+    # Trials of another plan, another draft, another machine or another vLLM are not this measurement's.
     shaping = {name: value for name, value in plan.items() if name not in HARMLESS}
-    known = Measurement(f"{options.out}.partial", sha256_value([shaping, draft, platform.node(), hardware]))
+    known = Measurement(options.out, sha256_value([shaping, draft, platform.node(), hardware, engine_version()]))
     steps = schedule(plan, made, stay)
     missing, known.trials = remaining(steps, known.trials)
     logs = os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers")
@@ -192,10 +212,19 @@ def main() -> None:
                 "node": plan.get("served_on", {}).get("node", platform.node()),
                 "hardware": plan.get("served_on", {}).get("hardware", hardware),
                 "client_node": platform.node(),
+                **known.document,
                 "trials": in_order(steps, known.trials),
             }
         )
     known.discard()
+
+
+def engine_version() -> str:
+    """The vLLM that is installed here; empty where the arms run elsewhere, and none is."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet) -> dict[str, Any]:
@@ -205,6 +234,7 @@ def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet
     baseline, *others = made
     between = {name: {each: compared[each] for each in (baseline, name)} for name in others}
     plain = {name: compared[name] for name, arm in made.items() if not arm.sweep}
+    restarts = {name: resolved.of_starts(name, seen[name]["changed"]) for name in made}
     return {
         "arms": {
             name: {
@@ -217,11 +247,12 @@ def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet
                 "starts_s": seen[name]["starts_s"],
                 "resolved": resolved.essentials(seen[name]["config"]),
                 "resolved_from": seen[name]["resolved_from"],
-                "differences": resolved.differences(between[name]) if arm.sweep else [],
+                "problem": seen[name]["problem"],
+                "differences": [*resolved.differences(between[name]), *restarts[name]] if arm.sweep else [],
             }
             for name, arm in made.items()
         },
-        "differences": resolved.differences(plain),
+        "differences": [*resolved.differences(plain), *(each for name in plain for each in restarts[name])],
         "speculative_differences": resolved.speculative_differences(plain),
     }
 

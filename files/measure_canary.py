@@ -14,11 +14,9 @@ import os
 import sys
 
 import measure_arms
-from spec_decode import resolved
 from spec_decode.files import read_json_object, write_json
 from spec_decode.framing import frame
 from spec_decode.program import run
-from spec_decode.vllm_metrics import Access
 
 
 def main() -> None:
@@ -28,13 +26,11 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the result too: a pod's log outlives its disk")
     options = parser.parse_args()
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
-    plan = read_json_object(options.plan, "measurement plan")
     before = f"{options.out}.measured"
     sys.argv = ["measure_arms.py", "--plan", options.plan, "--out", before]
     measure_arms.main()
-    access = Access(os.environ.get("VLLM_API_KEY", ""), plan.get("ca_path", ""))
-    configs = {arm["name"]: resolved.of_running(arm["url"], access)[0] for arm in plan["arms"]}
-    measured = {**read_json_object(before, "measurement"), "configs": configs}
+    measured = read_json_object(before, "measurement")
+    measured["configs"] = {name: seen["config"] for name, seen in measured.pop("seen").items()}
     write_json(options.out, measured)
     if options.print:
         print(frame(measured), flush=True)

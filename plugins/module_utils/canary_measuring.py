@@ -19,10 +19,6 @@ def canary_arms(experiment: Object, draft: Object, canary: Object) -> list[Objec
     """The arms as they are served: the draft at its place in the pods."""
     place = draft_place(experiment, draft, canary)
     plan = experiment["documents"]["configs/arms.json"]
-    if plan.get("sweep_num_speculative_tokens"):
-        raise SpecDecodeError(
-            f"A sweep over K ({plan['sweep_num_speculative_tokens']}) is not measured on Kubernetes.", "Leave spec_sweep_k empty."
-        )
     arms = []
     for arm in plan["arms"]:
         config = dict(arm["speculative_config"] or {})
@@ -131,7 +127,7 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
         for name in session["arms"]:
             config = result["configs"][name]
             changed = resolved.differences({"first start": configs.setdefault(name, config), "this start": config})
-            differences += [{**item, "field": f"{item['field']} of the {name} arm's starts"} for item in changed]
+            differences += resolved.of_starts(name, changed)
             arm = found.setdefault(name, {**result["arms"][name], "starts_s": [], "pods": []})
             arm["starts_s"].append(part["waited_s"])
             arm["startup_s"] = part["waited_s"]
@@ -148,7 +144,7 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
     if len({tuple(where) for where in places.values()}) > 1 or any(len(where) > 1 for where in places.values()):
         differences.append({"field": "kubernetes.node", "values": places})
     return {
-        **{key: value for key, value in first.items() if key not in ("configs", "arms", "trials", "differences")},
+        **{key: value for key, value in first.items() if key not in ("configs", "seen", "arms", "trials", "differences")},
         "finished_at": measured[-1]["result"]["finished_at"],
         "duration_s": sum(part["result"]["duration_s"] for part in measured),
         "identity": facts["identity"],

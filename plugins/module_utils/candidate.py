@@ -11,14 +11,16 @@ from typing import Any
 
 from .checkpoint import read_target
 from .derive import spec_slug
+from .draft_config import width_problem
 from .errors import SpecDecodeError
 from .evidence import draft_sha
 from .experiment import arms_plan, bundle_of, checked_name, site_variables
-from .files import sha256_value
+from .files import read_json_object, sha256_value
 from .launchers import launchers
+from .verdict import has_no_draft
 
-#: methods whose draft is part of the target, or no model at all
-WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix", "mtp")
+#: methods whose draft reads the target's hidden states
+READS_STATES = ("eagle", "eagle3", "dflash")
 
 
 def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> di
         raise SpecDecodeError(
             "The candidate names no method.", "Give a speculative config such as {method: ngram, num_speculative_tokens: 4}."
         )
-    if not model and method not in WITHOUT_MODEL:
+    if not model and not has_no_draft(method):
         raise SpecDecodeError(f"The candidate's method {method} needs a draft.", "Give its folder as model.")
     if model and not os.path.isfile(os.path.join(model, "config.json")):
         raise SpecDecodeError(
@@ -44,6 +46,10 @@ def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> di
     if rows < count:
         raise SpecDecodeError(f"{prompts} holds {rows} prompts, but {count} are asked for.", "Lower spec_prompts.")
     found = read_target(target, serving_copy=True)
+    if model and method in READS_STATES:
+        problem = width_problem(read_json_object(os.path.join(model, "config.json"), "draft config"), found.config)
+        if problem:
+            raise SpecDecodeError(f"The candidate {model} is for another target: {problem}.", "Mend spec_candidate or target.")
     return {
         "slug": spec_slug(target),
         "target": {

@@ -115,8 +115,8 @@ class Context:
         return {f"{section}.{name}": value for section, fields in self.as_dict().items() for name, value in fields.items()}
 
     @classmethod
-    def from_dict(cls, value: Any, whose: str) -> Context:
-        """A stored context, refused unless every field is there and known."""
+    def from_dict(cls, value: Any, whose: str, problem: str = "") -> Context:
+        """A stored context, refused unless every field is there and known; ``problem`` is why a field may be missing."""
         if not isinstance(value, dict):
             raise _incomplete(whose, "context")
         sections: dict[str, Any] = {}
@@ -128,7 +128,7 @@ class Context:
             for field in dataclasses.fields(kind):
                 name = f"{section.name}.{field.name}"
                 if field.name not in found or (found[field.name] is None and name not in MAY_BE_NONE):
-                    raise _incomplete(whose, name)
+                    raise _incomplete(whose, name, problem)
             unknown = sorted(set(found) - {field.name for field in dataclasses.fields(kind)})
             if unknown:
                 raise SpecDecodeError(f"The context of {whose} has a field that is not known: {section.name}.{unknown[0]}.")
@@ -142,10 +142,12 @@ SECTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _incomplete(whose: str, name: str) -> SpecDecodeError:
+def _incomplete(whose: str, name: str, problem: str = "") -> SpecDecodeError:
     return SpecDecodeError(
-        f"{whose[0].upper()}{whose[1:]} has no whole context: {name} is unknown.",
-        "The server must tell its resolved configuration (VLLM_SERVER_DEV_MODE=1).",
+        f"{whose[0].upper()}{whose[1:]} has no whole context: {name} is unknown{f', for {problem}' if problem else ''}.",
+        "Mend that (the server's log names the cause), then measure again."
+        if problem
+        else "The server must tell its resolved configuration (VLLM_SERVER_DEV_MODE=1).",
     )
 
 
@@ -196,7 +198,8 @@ def descriptor(
             **ground,
         },
     }
-    return Context.from_dict(found, f"the {arm} arm's numbers at concurrency {concurrency}")
+    whose = f"the {arm} arm's numbers at concurrency {concurrency}"
+    return Context.from_dict(found, whose, acceptance["arms"][arm].get("problem", ""))
 
 
 def image_of(acceptance: dict[str, Any], arm: str) -> str | None:
@@ -228,5 +231,7 @@ def check_comparable(contexts: dict[str, Context]) -> None:
 def check_numbers(document: dict[str, Any]) -> None:
     """Refuse a result in which some arm's figures stand without their own whole context."""
     for shape in document["shapes"]:
-        for arm in shape["arms"]:
-            Context.from_dict(shape.get("context", {}).get(arm), f"the {arm} arm's numbers at concurrency {shape['concurrency']}")
+        for measured in (shape, *shape["sweep"]):
+            for arm in measured["arms"]:
+                whose = f"the {arm} arm's numbers at concurrency {shape['concurrency']}"
+                Context.from_dict(measured.get("context", {}).get(arm), whose)

@@ -99,11 +99,11 @@ def diagnose(shape: dict[str, Any], limits: dict[str, float], evidence: Evidence
 
 
 def _better_k(shape: dict[str, Any]) -> str:
-    """Another K that wins, measured in this session or by the fitted step cost; empty if none does."""
+    """Another K that wins, measured or by the fitted step cost; empty if none does."""
     measured = [point for point in shape["sweep"] if point["direction"] == 1]
     if measured:
         best = max(measured, key=lambda point: point["speedup"])
-        return f"K = {best['k']} gives a speed-up of {best['speedup']:.2f} in this session."
+        return f"K = {best['k']} gives a speed-up of {best['speedup']:.2f}, measured beside the standing arm."
     lengths = shape["draft_lengths"]
     best = lengths["best"] if lengths else None
     if best and best["speedup"] > 1 + shape["noise_floor"]:

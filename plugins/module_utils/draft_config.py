@@ -149,6 +149,19 @@ def draft_config(
     return fields.found
 
 
+def width_problem(draft: dict[str, Any], target: dict[str, Any]) -> str:
+    """Why a served draft cannot read a target's hidden states; empty if it can, or if a config does not tell.
+
+    vLLM's loader accepts one of another width, which then fails at its first request.
+    """
+    inner = draft.get("transformer_layer_config")  # where drafts made by speculators keep their sizes
+    sizes = {**(inner if isinstance(inner, dict) else {}), **{name: size for name, size in draft.items() if size is not None}}
+    reads, wide = first(sizes, ("target_hidden_size", "hidden_size")), first(language_model(target), HIDDEN_NAMES)
+    if reads is None or wide is None or reads == wide:
+        return ""
+    return f"the draft reads hidden states of {reads} values, but the target's have {wide}"
+
+
 def _sizes(fields: _Fields) -> tuple[int, int]:
     """Hidden size and vocabulary, which the draft shares with its target: it reads its states and embeds its tokens."""
     found = []

@@ -55,7 +55,8 @@ def _artifact(found: Documents) -> Documents:
 def _acceptance(found: Documents) -> Documents:
     acceptance = found.get("acceptance", {})
     served = acceptance.get("arms", {}).get("trained", {}).get("speculative_config") or {}
-    found = {"draft_config": _draft_config(served.get("model")), **found}
+    folder = served.get("model")
+    found = {"draft_config": _draft_config(folder), "draft_bytes": _draft_bytes(folder), **found}
     prompts = acceptance.get("plan", {}).get("prompts", {})
     if prompts.get("path") and not prompts.get("sha256") and os.path.isfile(prompts["path"]):
         plan = {**acceptance["plan"], "prompts": {**prompts, "sha256": sha256_file(prompts["path"])}}
@@ -102,6 +103,14 @@ def draft_sha(folder: str) -> str:
 def _draft_config(folder: str | None) -> Documents | None:
     found = read_json_or_none(os.path.join(folder, "config.json"), "draft config") if folder else None
     return found if isinstance(found, dict) else None
+
+
+def _draft_bytes(folder: str | None) -> int | None:
+    """The size of a served draft's weights; ``None`` where it is not on this machine."""
+    if not folder or not os.path.isdir(folder):
+        return None
+    sizes = [os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder) if name.endswith(".safetensors")]
+    return sum(sizes) or None
 
 
 def training_curve(path: str) -> list[Documents]:

@@ -238,7 +238,7 @@ def overfit(evidence: Evidence, thresholds: Thresholds) -> GateResult:
 
 def acceptance(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     """A verdict was reached from whole evidence. Its decision, ship or not, is a figure, not the gate's colour."""
-    names = ("convert", "train", "dataset", "draft_config", "ceilings", "target_config", "profile")
+    names = ("convert", "train", "dataset", "draft_config", "draft_bytes", "ceilings", "target_config", "profile")
     documents = {name: evidence.get(name) for name in names}
     judged = verdict.judge(evidence["acceptance"], thresholds, ledger=evidence.get("levers"), **documents)
     return GateResult(True, judged, judged["reasons"])

@@ -333,7 +333,7 @@ def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
                 "gate": "this run's sweep",
                 "status": "proved" if better else "refuted",
                 "reason": f"speed-up {point['speedup']:.2f} at K = {point['k']}, {head['speedup_tpot']:.2f} at K = {count},"
-                " in one session",
+                " each against the standing arm beside it",
                 "measurement": verdict["measurement"],
                 "holds_for": _conditions(verdict, f"k={point['k']}"),
                 "then": _then(verdict),

@@ -33,26 +33,31 @@ def verdict_fact(verdict: dict[str, Any], experiment: dict[str, Any]) -> dict[st
 
 
 def arm_rows(verdict: dict[str, Any]) -> list[Row]:
-    """One row for each arm at each concurrency."""
+    """One row for each arm at each concurrency, and for each further K that was measured there."""
     rows = []
     for shape in verdict["shapes"]:
-        for name, arm in shape["arms"].items():
-            tpot, percent = arm["tpot_ms"], shape["context"][name]["grounding"]["percent_of_sol"]
-            rows.append(
-                {
-                    "sol": f"{percent:.1f}" if percent is not None else "–",
-                    "concurrency": str(shape["concurrency"]),
-                    "arm": name,
-                    "speculation": speculation(arm["speculative_config"]),
-                    "acceptance_length": f"{arm['acceptance_length']:.2f}" if arm["drafts"] else "–",
-                    "per_position": " ".join(f"{rate:.2f}" for rate in arm["acceptance_per_position"]) or "–",
-                    "tpot": f"{tpot['mean']:.2f} ± {tpot['std']:.2f}",
-                    "ttft": f"{arm['ttft_ms']['median']:.1f}",
-                    "throughput": f"{arm['output_tokens_per_s']['median']:.0f}",
-                    "trials": str(len(tpot["trials"])),
-                }
-            )
+        rows += [_row(shape["concurrency"], name, shape, shape["speedup_tpot"]) for name in shape["arms"]]
+        rows += [_row(shape["concurrency"], point["arm"], point, point["speedup"]) for point in shape["sweep"]]
     return rows
+
+
+def _row(concurrency: int, name: str, measured: dict[str, Any], speedup: float) -> Row:
+    arm, context = measured["arms"][name], measured["context"][name]
+    tpot, percent = arm["tpot_ms"], context["grounding"]["percent_of_sol"]
+    return {
+        "sol": f"{percent:.1f}" if percent is not None else "–",
+        "concurrency": str(concurrency),
+        "arm": name,
+        "speculation": speculation(arm["speculative_config"]),
+        "acceptance_length": f"{arm['acceptance_length']:.2f}" if arm["drafts"] else "–",
+        "per_position": " ".join(f"{rate:.2f}" for rate in arm["acceptance_per_position"]) or "–",
+        "tpot": f"{tpot['mean']:.2f} ± {tpot['std']:.2f}",
+        # The median of its pairs' ratios: of a baseline there is none.
+        "speedup": "–" if name == context["grounding"]["baseline"] else f"{speedup:.2f}",
+        "ttft": f"{arm['ttft_ms']['median']:.1f}",
+        "throughput": f"{arm['output_tokens_per_s']['median']:.0f}",
+        "trials": str(len(tpot["trials"])),
+    }
 
 
 def speculation(config: dict[str, Any] | None) -> str:
@@ -93,7 +98,7 @@ def verdict_table(verdict: dict[str, Any]) -> list[str]:
     """The end of a play: the arms, the decision and what comes next, in lines for a terminal."""
     header: Row = {
         "arm": "arm", "speculation": "speculation", "concurrency": "conc.", "acceptance_length": "accepted",
-        "tpot": "TPOT ms", "ttft": "TTFT ms", "throughput": "tokens/s",
+        "tpot": "TPOT ms", "speedup": "speed-up", "ttft": "TTFT ms", "throughput": "tokens/s",
     }  # fmt: skip
     rows = [header, *arm_rows(verdict)]
     widths = {key: max(len(row[key]) for row in rows) for key in header}

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import SpecDecodeError
 from .files import read_text_or_none
@@ -80,6 +81,11 @@ LOG_ARGUMENTS = {
     "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
     "async_scheduling": "scheduler_config.async_scheduling",
 }
+#: those whose default is the same in every vLLM: not among the arguments that were given, they have it
+LOG_DEFAULTS = {"parallel_config.enable_expert_parallel": False}
+NOT_FOUND, FAILED = 404, 500
+#: longest wait for /server_info, in seconds
+INFO_S = 60.0
 CONFIGURATION = re.compile(r"Initializing a V1 LLM engine \(v(?P<version>[^)]+)\) with config: (?P<config>.*)")
 ARGUMENTS = re.compile(r"non-default args: (?P<arguments>\{.*\})")
 BATCHED = re.compile(r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)")
@@ -87,45 +93,66 @@ ASYNCHRONOUS = re.compile(r"Asynchronous scheduling is (enabled|disabled)")
 GRAPH_MODE = re.compile(r"['\"]?cudagraph_mode['\"]?\s*[:=]\s*(?:<CUDAGraphMode\.(\w+)|(\[[^\]]*\]|\d+))")
 
 
-def of_running(url: str, access: Access | None = None, log: str = "") -> tuple[dict[str, Any], str]:
-    """A running server's flat configuration, and where it was read: ``server_info``, ``log`` or ``nothing``.
+class Resolved(NamedTuple):
+    """What a running server told of its configuration."""
 
-    ``/server_info`` exists with VLLM_SERVER_DEV_MODE=1. Without it, ``log`` is the server's start-up log, where there is
-    one at hand.
+    #: flat, ``section.field`` → value
+    config: dict[str, Any]
+    #: where that was read: ``server_info``, ``log`` or ``nothing``
+    source: str
+    #: why /server_info, which tells all of it, did not; empty where it did, or is not served at all
+    problem: str = ""
+
+
+def of_running(url: str, access: Access | None = None, log: str = "") -> Resolved:
+    """A running server's flat configuration.
+
+    ``/server_info`` exists with VLLM_SERVER_DEV_MODE=1. Without it, or where it fails, ``log`` is the server's start-up
+    log, where there is one at hand.
     """
     access = access or Access()
-    version = _get(url, "/version", access).get("version")
-    info = _get(url, "/server_info", access, config_format="json")
+    version = _get(url, "/version", access)[0].get("version")
+    # Before it answers for the first time, vLLM runs a dozen programs to describe the machine.
+    info, problem = _get(url, "/server_info", dataclasses.replace(access, timeout_s=INFO_S), config_format="json")
     if isinstance(info.get("vllm_config"), dict):
-        return {**flatten(info), "version": version}, "server_info"
+        return Resolved({**flatten(info), "version": version}, "server_info")
     text = read_text_or_none(log) if log else None
     if text is None and isinstance(info.get("vllm_config"), str):
         # Older versions know no other format here than that of the log's line, which tells less than a whole log.
-        return {**_from_line(info["vllm_config"]), "version": version}, "server_info"
+        return Resolved({**_from_line(info["vllm_config"]), "version": version}, "server_info")
     if text is not None:
-        return {**from_log(text), "version": version}, "log"
-    return {"version": version}, "nothing"
+        return Resolved({**from_log(text), "version": version}, "log", problem)
+    return Resolved({"version": version}, "nothing", problem)
 
 
-def _get(url: str, path: str, access: Access, **query: str) -> dict[str, Any]:
-    """One answer of the server; empty where it has no such page."""
+def _get(url: str, path: str, access: Access, **query: str) -> tuple[dict[str, Any], str]:
+    """One answer of the server, empty where it has no such page; and what is wrong with the page where it has one."""
     import requests
 
     try:
         found = access.get(f"{url}{path}", **query).json()
-    except requests.HTTPError:
-        return {}
+    except requests.HTTPError as error:
+        return {}, _why(f"{url}{path}", error.response.status_code)
     except (OSError, ValueError) as error:
         raise SpecDecodeError(
             f"{url}{path} could not be read: {short(error)}.", "Check that a vLLM server runs at this address."
         ) from error
-    return found if isinstance(found, dict) else {}
+    return (found if isinstance(found, dict) else {}), ""
+
+
+def _why(page: str, status: int) -> str:
+    """What a page's status says of the server; nothing where it just has no such page."""
+    if status == NOT_FOUND:
+        return ""
+    words = f"{page} answered HTTP {status}"
+    # It runs programs to describe the machine, and does not expect that looking for one could be forbidden.
+    return f"{words}, as where the server's PATH names a folder that its user may not enter" if status == FAILED else words
 
 
 def from_log(text: str) -> dict[str, Any]:
     """What a server's start-up log tells of its configuration, by the names of /server_info.
 
-    vLLM logs neither its defaults for batching nor for memory: a field that was not given is absent here.
+    vLLM logs neither its defaults for batching nor for memory: such a field that was not given is absent here.
     """
     configuration = _last(CONFIGURATION, text)
     if configuration is None:
@@ -136,7 +163,8 @@ def from_log(text: str) -> dict[str, Any]:
     found = {"version": configuration["version"], **_from_line(configuration["config"])}
     arguments = _last(ARGUMENTS, text)
     given = _value(arguments["arguments"]) if arguments else {}
-    if isinstance(given, dict):
+    if arguments and isinstance(given, dict):
+        found.update(LOG_DEFAULTS)
         found.update({field: given[name] for name, field in LOG_ARGUMENTS.items() if name in given})
     if batched := _last(BATCHED, text):
         found["scheduler_config.max_num_batched_tokens"] = int(batched[1])
@@ -197,6 +225,11 @@ def differences(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for found in _unequal(configs)
         if not _is_speculation(found["field"])
     ]
+
+
+def of_starts(arm: str, changed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Differences between two starts of one arm, named so that they are not taken for differences between arms."""
+    return [{**each, "field": f"{each['field']} of the {arm} arm's starts"} for each in changed]
 
 
 def speculative_differences(configs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

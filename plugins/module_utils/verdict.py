@@ -34,8 +34,8 @@ DEFAULTS: dict[str, float] = {
     # Of the requests asked for in flight, the share that was there on average: fewer is another load than the one named.
     "min_share_in_flight": 0.8,
 }
-#: methods that were trained on nothing of ours, so that every prompt is held out
-UNTRAINED = ("ngram", "ngram_gpu", "suffix", "mtp", "deepseek_mtp")
+#: methods that look for what to draft in the text itself
+LOOKUP = ("ngram", "ngram_gpu", "suffix")
 #: purposes of trials that compare the standing arm with the trained one, and that only tell the noise
 COMPARED = ("compare", "noise")
 
@@ -48,6 +48,7 @@ def judge(
     train: dict[str, Any] | None = None,
     dataset: dict[str, Any] | None = None,
     draft_config: dict[str, Any] | None = None,
+    draft_bytes: int | None = None,
     ceilings: dict[str, Any] | None = None,
     target_config: dict[str, Any] | None = None,
     profile: dict[str, Any] | None = None,
@@ -57,13 +58,13 @@ def judge(
 
     ``acceptance`` is what ``measure_arms.py`` wrote. The other phases' results, where given, let a loss be
     diagnosed (training accuracy, layers captured) and prove that the prompts were held out; ``draft_config`` is what
-    vLLM read of the served draft. ``ceilings`` and ``target_config`` give %SoL, ``profile`` says what else was
-    captured, ``ledger`` what earlier runs settled.
+    vLLM read of the served draft, ``draft_bytes`` the size of its weights. ``ceilings`` and ``target_config`` give
+    %SoL, ``profile`` says what else was captured, ``ledger`` what earlier runs settled.
     """
     limits = {**DEFAULTS, **(thresholds or {})}
     _check_arms(acceptance)
     evidence = diagnosis.Evidence(convert, train, draft_config)
-    grounding = _Grounding(acceptance, ceilings or {}, target_config, profile, convert)
+    grounding = _Grounding(acceptance, ceilings or {}, target_config, profile, draft_bytes or _stored_bytes(convert))
     concurrencies = list(acceptance["plan"]["concurrencies"])
     shapes = [_shape(acceptance, concurrency, limits, evidence, grounding) for concurrency in concurrencies]
     head = shapes[0]
@@ -87,7 +88,8 @@ def judge(
         "greedy_outputs_equal": all(shape["texts_equal"] for shape in shapes),
         "shapes": shapes,
         "context": head["context"],
-        "measured_at": acceptance["finished_at"],
+        # A measurement that was gone on with later, or only written anew, is as old as its last trial.
+        "measured_at": max(t.get("started_at", "") for t in acceptance["trials"]) or acceptance["finished_at"],
         "measurement": sha256_value(acceptance["trials"])[:16],
         "training": _training(head, train),
         "expiry": expiry(acceptance),
@@ -147,6 +149,11 @@ def _check_arms(acceptance: dict[str, Any]) -> None:
         )
 
 
+def _stored_bytes(convert: dict[str, Any] | None) -> int | None:
+    """A trained draft's size where its files are elsewhere: it is stored in bfloat16, two bytes a parameter."""
+    return 2 * convert["parameters"] if convert and convert.get("parameters") else None
+
+
 class _Grounding:
     """What every number of one measurement is grounded in: ceilings, traffic and the evidence captured."""
 
@@ -156,14 +163,13 @@ class _Grounding:
         ceilings: dict[str, Any],
         target_config: dict[str, Any] | None,
         profile: dict[str, Any] | None,
-        convert: dict[str, Any] | None,
+        draft_bytes: int | None,
     ) -> None:
         self._acceptance, self._config = acceptance, target_config
         self._ceiling = sol.ceiling_for(acceptance["hardware"]["name"], ceilings, ceilings.get("own"))
         watched = [bool(trial.get("device")) for trial in acceptance["trials"] if not trial["void"]]
         self.rigor, self.rests = sol.rigor(profile, bool(watched) and all(watched))
-        # A trained draft is stored in bfloat16: two bytes a parameter.
-        self._draft_bytes = 2 * convert["parameters"] if convert and convert.get("parameters") else None
+        self._draft_bytes = draft_bytes
 
     def of(self, name: str, arm: dict[str, Any], concurrency: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The grounding fields of an arm's context, and its %SoL with all parts."""
@@ -211,14 +217,12 @@ def _shape(
     decision = "do_not_ship" if losses else "ship" if len(wins) == 2 and not red else "inconclusive"
     if decision == "inconclusive" and any("must stay" in reason for reason in red):
         decision = "do_not_ship"
-    grounds = {name: grounding.of(name, arm, concurrency) for name, arm in arms.items()}
-    contexts = {name: context.descriptor(acceptance, name, arms[name], concurrency, grounds[name][0]) for name in arms}
-    context.check_comparable(contexts)
-    sweep = _sweep(acceptance, trials, concurrency, grounding.rigor)
+    contexts, shares = _grounded(acceptance, arms, concurrency, grounding)
+    sweep = _sweep(acceptance, trials, concurrency, grounding)
     found = {
         "concurrency": concurrency,
         "decision": decision,
-        "reasons": [*losses, *red, *notes, *wins, *void],
+        "reasons": [*losses, *red, *notes, *wins, *void, *(word for point in sweep for word in point["differences"])],
         "arms": arms,
         "pairs": len(paired[TRAINED]),
         "noise_trials": sum(t.get("purpose") == "noise" for t in usable),
@@ -235,14 +239,24 @@ def _shape(
             "within_standing": _mismatch(trials, STANDING, STANDING),
             "within_trained": _mismatch(trials, TRAINED, TRAINED),
         },
-        "speed_of_light": {name: ground[1] for name, ground in grounds.items()},
+        "speed_of_light": shares,
         "rigor": grounding.rests,
         "sweep": sweep,
         "draft_lengths": _draft_lengths(arms, tpot.median, cost, sweep),
-        "context": {name: each.as_dict() for name, each in contexts.items()},
+        "context": contexts,
     }
     found["cause"], found["diagnosis"] = diagnosis.diagnose(found, limits, evidence) if decision == "do_not_ship" else ("", "")
     return found
+
+
+def _grounded(
+    acceptance: dict[str, Any], arms: dict[str, dict[str, Any]], concurrency: int, grounding: _Grounding
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arms' contexts, refused unless they may be compared, and their %SoL with all parts; both by arm."""
+    grounds = {name: grounding.of(name, figures, concurrency) for name, figures in arms.items()}
+    contexts = {name: context.descriptor(acceptance, name, arms[name], concurrency, grounds[name][0]) for name in arms}
+    context.check_comparable(contexts)
+    return {name: each.as_dict() for name, each in contexts.items()}, {name: share for name, (_fields, share) in grounds.items()}
 
 
 def _outcome(
@@ -297,8 +311,10 @@ def _step_cost(arms: dict[str, dict[str, Any]], tested: str = TRAINED) -> float:
     return float(arms[tested]["tpot_ms"]["median"] * arms[tested]["acceptance_length"] / arms[STANDING]["tpot_ms"]["median"])
 
 
-def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency: int, rigor: str) -> list[dict[str, Any]]:
-    """Every further K of the session, against the standing trials of its own pairs."""
+def _sweep(
+    acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency: int, grounding: _Grounding
+) -> list[dict[str, Any]]:
+    """Every further K that was measured, against the standing trials of its own pairs, with contexts of its own."""
     found = []
     for name, arm in acceptance["arms"].items():
         if name in (STANDING, TRAINED):
@@ -310,6 +326,7 @@ def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency
         arms = {each: _arm(paired[each], acceptance["arms"][each]) for each in (STANDING, name)}
         pairs = {trial["pair"] for trial in paired[name]}
         tpot = _compare([t for t in usable if t["pair"] in pairs], name, lambda trial: trial["client"]["tpot_ms"]["median"])
+        contexts, shares = _grounded(acceptance, arms, concurrency, grounding)
         found.append(
             {
                 "arm": name,
@@ -319,14 +336,20 @@ def _sweep(acceptance: dict[str, Any], trials: list[dict[str, Any]], concurrency
                 "tpot_ms": arms[name]["tpot_ms"],
                 "step_cost": _step_cost(arms, name),
                 "speedup": tpot.median,
+                "speedup_pairs": tpot.ratios,
                 "noise_floor": tpot.floor,
                 "direction": tpot.direction,
-                "context": context.descriptor(
-                    acceptance, name, arms[name], concurrency,
-                    {"percent_of_sol": None, "ceiling": sol.NO_CEILING, "rigor": rigor},
-                ).as_dict(),
+                "differences": [
+                    f"the {name} arm's server differs from the standing one in {each['field']}: {each['values']}"
+                    for each in arm.get("differences", [])
+                    if not each["follows_from_speculation"]
+                ],
+                # The standing arm's figures are those of these pairs, which are not those of the comparison above.
+                "arms": arms,
+                "speed_of_light": shares,
+                "context": contexts,
             }
-        )  # fmt: skip
+        )
     return sorted(found, key=lambda point: point["k"])
 
 
@@ -444,19 +467,27 @@ def tier_reasons(
     for difference in acceptance["differences"]:
         if not difference.get("follows_from_speculation"):
             reasons.append(f"the servers differ in {difference['field']}: {difference['values']}")
-    method = (acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method")
-    if dataset is None and method not in UNTRAINED:
+    method = str((acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method", "none"))
+    if dataset is None and not has_no_draft(method):
         reasons.append("nothing proves that training never saw the prompts")
     elif dataset is not None and dataset["overlap_train_eval"]:
         reasons.append(f"training saw {dataset['overlap_train_eval']} of the prompts")
     return reasons
 
 
+def has_no_draft(method: str) -> bool:
+    """Whether a method needs no draft: prompt lookup, or layers that are part of the target (``mtp`` by any of its names).
+
+    Nothing is trained for it, so that every prompt is held out.
+    """
+    return method in LOOKUP or method == "mtp" or method.endswith("_mtp")
+
+
 def _held_out(dataset: dict[str, Any] | None, method: str) -> str:
     """How it is known that training never saw the prompts."""
     if dataset is not None:
         return f"as stated: {dataset['stated']}" if dataset.get("stated") else "compared with the training data"
-    return "nothing was trained" if method in UNTRAINED else "not known"
+    return "nothing was trained" if has_no_draft(method) else "not known"
 
 
 def _training(shape: dict[str, Any], train: dict[str, Any] | None) -> dict[str, Any]:

@@ -40,7 +40,8 @@ CANARY = {
     "secrets": {"HF_TOKEN": {"name": "hugging-face", "key": "token"}}, "node": "", "node_selector": {},
     "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "scheduler": "", "annotations": {},
     "share_node": False, "priority_class": "", "run_as": 1000, "read_only_root": True, "monitor": "PodMonitor",
-    "startup_timeout_s": 1800, "schedule_timeout_s": 300, "job_timeout_s": 600, "server_arguments": ["--max-model-len=512"],
+    "startup_timeout_s": 1800, "schedule_timeout_s": 300, "job_timeout_s": 600, "sweep_k": [],
+    "server_arguments": ["--max-model-len=512"],
     "server_environment": {"VLLM_NO_USAGE_STATS": "1"},
 }  # fmt: skip
 CONFIG = {"method": "eagle3", "model": "/models/target/speculator/tiny/0123", "num_speculative_tokens": 3}
@@ -332,6 +333,8 @@ def test_slurm_decides_which_of_its_nodes_are_idle():
     assert canary_placement.survey(found, settings(), 2)["placement"]["node"] == "b"
     with pytest.raises(SpecDecodeError, match="An arm of 2 pods cannot be measured"):
         canary_placement.survey(found, settings(replicas=2), 2)
+    with pytest.raises(SpecDecodeError, match=r"A sweep over K \(\[1, 5\]\) is not measured on Kubernetes. Leave spec_sweep_k"):
+        canary_placement.survey(found, settings(sweep_k=[1, 5]), 2)
     with pytest.raises(SpecDecodeError, match="a is not idle in Slurm"):
         canary_placement.survey({**found, "slurm_idle": []}, settings(), 2)
 
@@ -464,15 +467,15 @@ def test_the_plan_of_a_session():
         canary_measuring.session_plan(plan, session, ARMS, {}, "/m")
 
 
-def test_the_draft_stands_below_its_checksum_and_no_sweep_is_left_out_silently():
+def test_the_draft_stands_below_its_checksum():
     experiment = {"slug": "tiny", "documents": {"configs/arms.json": {"arms": [
         {"name": "standing", "speculative_config": None},
         {"name": "trained", "speculative_config": {**CONFIG, "model": "{draft}"}},
     ]}}}  # fmt: skip
     assert canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings()) == ARMS
+    # The objects are also written for arms that were measured elsewhere, with a sweep.
     experiment["documents"]["configs/arms.json"]["sweep_num_speculative_tokens"] = [1, 5]
-    with pytest.raises(SpecDecodeError, match="spec_sweep_k"):
-        canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings())
+    assert canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings()) == ARMS
 
 
 def measured(name, arms, pairs, on="a", mode="FULL"):

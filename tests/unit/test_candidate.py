@@ -106,6 +106,27 @@ def test_candidate_that_cannot_be_measured_is_refused(target, prompts, config, w
         candidate.inspect(target, config, prompts, 2)
 
 
+def test_layers_of_the_target_need_no_draft_by_any_name(target, prompts):
+    for method in ("mtp", "deepseek_mtp", "mimo_mtp"):
+        assert candidate.inspect(target, {"method": method, "num_speculative_tokens": 1}, prompts, 2)["candidate"]["sha"] is None
+
+
+@pytest.mark.parametrize("place", [{"hidden_size": 64}, {"hidden_size": 128, "target_hidden_size": 64},
+                                   {"target_hidden_size": None, "transformer_layer_config": {"hidden_size": 64}}])  # fmt: skip
+def test_draft_for_a_target_of_another_width_is_refused(target, prompts, tmp_path, place):
+    """vLLM loads it, and fails at the first request."""
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "config.json").write_text(json.dumps(place))
+    config = {"method": "eagle3", "num_speculative_tokens": 3, "model": str(draft)}
+    told = pathlib.Path(target) / "config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "hidden_size": 128}))
+    with pytest.raises(SpecDecodeError, match="another target: the draft reads hidden states of 64 values, .* have 128"):
+        candidate.inspect(target, config, prompts, 2)
+    told.write_text(json.dumps({**json.loads(told.read_text()), "hidden_size": 64}))
+    assert candidate.inspect(target, config, prompts, 2)["candidate"]["draft_dir"] == str(draft)
+
+
 def test_too_few_prompts_or_none(target, prompts):
     with pytest.raises(SpecDecodeError, match="holds 3 prompts, but 4 are asked for"):
         candidate.inspect(target, NGRAM, prompts, 4)

@@ -21,6 +21,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     levers,
     model_shape,
     plots,
+    report,
     sol,
     verdict,
 )
@@ -75,6 +76,63 @@ def test_number_with_a_hole_in_its_context_is_refused(place, drop):
             return
     with pytest.raises(SpecDecodeError, match=f"has no whole context: {section}.{field} is unknown"):
         context.Context.from_dict(stored, "this number")
+
+
+def test_hole_in_a_context_names_what_hid_the_field():
+    found = measurement(*WIN)
+    found["arms"]["trained"]["resolved"]["expert_parallel"] = None
+    with pytest.raises(SpecDecodeError, match="unknown. The server must tell its resolved configuration"):
+        judge(found)
+    found["arms"]["trained"]["problem"] = "http://a/server_info answered HTTP 500"
+    with pytest.raises(SpecDecodeError, match="expert is unknown, for http://a/server_info answered HTTP 500. Mend that"):
+        judge(found)
+
+
+def test_every_number_of_a_sweep_has_a_context_of_its_own():
+    found = judge(swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5)))
+    (point,) = found["shapes"][0]["sweep"]
+    assert set(point["context"]) == set(point["arms"]) == {"standing", "trained-k5"}
+    assert point["context"]["trained-k5"]["serving"]["speculative_config"]["num_speculative_tokens"] == 5
+    assert point["context"]["trained-k5"]["grounding"]["tpot_ms_mean"] == 2.0
+    del point["context"]["trained-k5"]
+    with pytest.raises(SpecDecodeError, match="trained-k5 arm's numbers at concurrency 1 has no whole context"):
+        context.check_numbers(found)
+
+
+def test_sweep_whose_server_differs_is_refused_or_named():
+    found = swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5))
+    found["arms"]["trained-k5"]["differences"] = [
+        {"field": "x.y", "values": {"standing": 1, "trained-k5": 2}, "follows_from_speculation": False},
+        {"field": "x.cudagraph_capture_sizes", "values": {}, "follows_from_speculation": True},
+    ]
+    named = [reason for reason in judge(found)["reasons"] if "x." in reason]
+    assert named == ["the trained-k5 arm's server differs from the standing one in x.y: {'standing': 1, 'trained-k5': 2}"]
+    found["arms"]["trained-k5"]["resolved"]["max_num_seqs"] = 8
+    with pytest.raises(SpecDecodeError, match="standing and trained-k5 arms cannot be compared.*max_num_seqs: 4 and 8"):
+        judge(found)
+
+
+def test_sweep_has_its_share_of_the_speed_of_light_and_its_row():
+    found = swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5))
+    found["hardware"]["name"] = "NVIDIA H100 80GB HBM3"
+    found["plan"]["target"]["bytes"] = 10_000_000_000
+    result = judge(found, ceilings=CEILINGS, target_config=CONFIG, convert={**RIGHT_LAYERS, "parameters": 100_000_000})
+    (point,) = result["shapes"][0]["sweep"]
+    # Five drafting passes, and 4.5 tokens a step.
+    assert point["speed_of_light"]["trained-k5"]["bytes_per_accepted_token"] == pytest.approx((1e10 + 5 * 2e8 + 70 * 5120) / 4.5)
+    rows = {row["arm"]: row for row in report.arm_rows(result)}
+    assert list(rows) == ["standing", "trained", "trained-k5"]
+    assert [row["speedup"] for row in rows.values()] == ["–", "2.00", "2.50"]
+    assert rows["trained-k5"]["sol"] == f"{point['speed_of_light']['trained-k5']['percent']:.1f}" != "–"
+    assert rows["trained-k5"]["per_position"] == "0.90 0.80 0.70 0.60 0.50"
+
+
+def test_measurement_that_was_gone_on_with_is_as_old_as_its_last_trial():
+    found = measurement(*WIN)
+    assert judge(found)["measured_at"] == found["finished_at"]
+    for number, each in enumerate(found["trials"]):
+        each["started_at"] = f"2025-12-0{number + 1}T00:00:00+00:00"
+    assert judge(found)["measured_at"] == "2025-12-06T00:00:00+00:00"
 
 
 def test_result_with_a_bare_number_is_refused():
@@ -235,7 +293,7 @@ def test_wrong_k_is_said_where_another_k_wins():
     slow = measurement([5.0, 5.0, 5.0], [5.6, 5.6, 5.6], rates=(0.7, 0.3, 0.1, 0.0, 0.0))
     found = judge(swept(1, [5.0] * 3, [4.0] * 3, (0.7,), slow))
     assert (found["decision"], found["cause"]) == ("do_not_ship", "wrong_k")
-    assert "K = 1 gives a speed-up of 1.25 in this session" in found["diagnosis"]
+    assert "K = 1 gives a speed-up of 1.25, measured" in found["diagnosis"]
 
 
 def test_win_at_one_load_and_loss_at_another_is_the_wrong_regime():
@@ -390,6 +448,18 @@ def test_training_curve_is_found_below_the_bundle_and_thinned(tmp_path):
     found = evidence.gather("acceptance", {"train": str(tmp_path / "results/train.json")})
     curve = found["train"]["curve"]
     assert len(curve) == 200 and set(curve[0]) == {"step", "loss", "acc_0"}
+
+
+def test_public_draft_has_a_share_of_the_speed_of_light_by_the_size_of_its_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    found = measurement(*WIN)
+    found["hardware"]["name"], found["plan"]["target"]["bytes"] = "NVIDIA H100 80GB HBM3", 10_000_000_000
+    found["arms"]["trained"]["speculative_config"]["model"] = str(tmp_path)
+    given = evidence.gather("acceptance", {"acceptance": found, "ceilings": CEILINGS, "target_config": CONFIG})
+    light = gates.evaluate("acceptance", given).figures["shapes"][0]["speed_of_light"]["trained"]
+    assert light["draft_bytes"] == 1000 and light["draft_passes"] == 3
+    found["arms"]["trained"]["speculative_config"]["model"] = "/in/a/pod"
+    assert evidence.gather("acceptance", {"acceptance": found})["draft_bytes"] is None
 
 
 def test_profile_counts_only_if_it_is_one_and_of_that_time(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -128,6 +129,62 @@ def test_whole_pairs_survive_a_kill(program, plan, tmp_path, monkeypatch):
     assert [t["started_at"] for t in found["trials"][:5]] == [t["started_at"] for t in kept]
 
 
+def test_one_more_k_and_one_more_concurrency_measure_only_what_is_missing(program, started, tmp_path, monkeypatch):
+    taken, real = [], program.client.run_trial
+    monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: taken.append(1) or {**real(*args, **kw), "void": ""})
+    started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[1])
+    first = measure(program, started, tmp_path, monkeypatch)
+    started.update(concurrencies=[1, 2], sweep_num_speculative_tokens=[1, 5])
+    second = measure(program, started, tmp_path, monkeypatch)
+    kept = [trial for trial in second["trials"] if trial["started_at"] <= first["finished_at"]]
+    assert [{**trial, "position": 0} for trial in kept] == [{**trial, "position": 0} for trial in first["trials"]]
+    assert len(taken) == 4 + 8 and len(second["trials"]) == 12
+    # Every new trial of a draft has a standing trial of the same session beside it.
+    new = [trial for trial in second["trials"] if trial not in kept]
+    assert {(t["pair"], t["concurrency"]) for t in new if t["arm"] == "standing"} == {
+        (t["pair"], t["concurrency"]) for t in new if t["arm"] != "standing"
+    }
+    assert {name: len(arm["starts_s"]) for name, arm in second["arms"].items()} == {
+        "standing": 2, "trained": 2, "trained-k1": 2, "trained-k5": 1,
+    }  # fmt: skip
+    assert second["differences"] == [] and not (tmp_path / "acceptance.json.partial").exists()
+
+
+def test_void_pair_of_a_finished_measurement_is_measured_again(program, started, tmp_path, monkeypatch):
+    started.update(trials=2, aa_trials=0, concurrencies=[1])
+    real = program.client.run_trial
+    monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: {**real(*args, **kw), "void": ""})
+    first = measure(program, started, tmp_path, monkeypatch)
+    first["trials"][0]["void"] = "the machine stalled"
+    (tmp_path / "acceptance.json").write_text(json.dumps(first))
+    again = measure(program, started, tmp_path, monkeypatch)
+    assert [trial["started_at"] > first["finished_at"] for trial in again["trials"]] == [True, True, False, False]
+    assert not any(trial["void"] for trial in again["trials"])
+
+
+def test_another_vllm_measures_everything_again(program, started, tmp_path, monkeypatch):
+    started.update(trials=1, aa_trials=0, concurrencies=[1])
+    first = measure(program, started, tmp_path, monkeypatch)
+    monkeypatch.setattr(program, "engine_version", lambda: "1.0")
+    again = measure(program, started, tmp_path, monkeypatch)
+    assert all(trial["started_at"] > first["finished_at"] for trial in again["trials"])
+
+
+def test_start_that_resolves_otherwise_is_named(program, started, tmp_path, monkeypatch):
+    started.update(trials=3, aa_trials=0, concurrencies=[1], resident=False)
+    real, looks = program.resolved.of_running, []
+
+    def drifting(*args):
+        looks.append(1)
+        found = real(*args)
+        return found._replace(config={**found.config, "scheduler_config.max_num_seqs": 4 if len(looks) < 4 else 8})
+
+    monkeypatch.setattr(program.resolved, "of_running", drifting)
+    found = measure(program, started, tmp_path, monkeypatch)
+    named = {each["field"]: each["values"] for each in found["differences"]}
+    assert named == {"scheduler_config.max_num_seqs of the trained arm's starts": {"first start": 4, "this start": 8}}
+
+
 def test_trials_of_another_plan_are_not_taken_over(program, plan, tmp_path, monkeypatch):
     (tmp_path / "acceptance.json.partial").write_text(
         json.dumps({"identity": "other", "trials": [{"arm": "standing"}], "seen": {}})
@@ -195,6 +252,23 @@ def test_sweep_measures_each_k_beside_the_standing_arm(program, started, tmp_pat
     assert found["design"]["sweep"] == [1, 5] and [arm["sweep"] for arm in found["arms"].values()] == [False, False, True, True]
     lengths = {trial["arm"]: trial["engine"].get("acceptance_length") for trial in found["trials"]}
     assert lengths == {"standing": None, "trained": 3, "trained-k1": 2, "trained-k5": 6}
+
+
+def test_server_is_not_told_of_folders_that_it_may_not_search(programs, tmp_path, monkeypatch):
+    """vLLM's /server_info looks for programs in all of them, and ends with an error at the first that it may not enter."""
+    from arm_servers import Server, searchable
+
+    closed = str(tmp_path / "closed")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and real(path, mode))
+    assert searchable(f"/usr/bin:{closed}:/bin") == "/usr/bin:/bin"
+    words = "import os; print('ValueError:', os.environ['PATH'], flush=True); raise SystemExit(3)"
+    server = Server("standing", [sys.executable, "-c", words], {"PATH": f"{closed}:/bin"}, 0, str(tmp_path / "log"))
+    from spec_decode.errors import SpecDecodeError
+    from spec_decode.progress import Progress
+
+    with pytest.raises(SpecDecodeError, match="ValueError: /bin See"):
+        server.start(30, Progress(""))
 
 
 def test_server_that_ends_or_takes_too_long_says_its_last_words(programs, tmp_path):

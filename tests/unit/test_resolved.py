@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import pathlib
 
 import pytest
 import requests
-from ansible_collections.inference.spec_decode.plugins.module_utils import resolved
+from ansible_collections.inference.spec_decode.plugins.module_utils import resolved, vllm_metrics
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 DATA = pathlib.Path(__file__).parent / "data"
 #: what the start-up log does not tell unless it was given as an argument
-UNLOGGED = {"gpu_memory_utilization", "expert_parallel", "async_scheduling"}
+UNLOGGED = {"gpu_memory_utilization", "async_scheduling"}
 
 
 def info(arm):
@@ -95,25 +97,23 @@ def test_log_of_something_else():
         resolved.from_log("nginx started\n")
 
 
-class Server:
-    """What a server answers, by path."""
+@dataclasses.dataclass(frozen=True)
+class Pages(vllm_metrics.Access):
+    """What a server answers: every page that it has holds all of ``found``, each reader picks what is its own."""
 
-    def __init__(self, **pages):
-        self.pages = pages
+    found: dict = dataclasses.field(default_factory=dict)
+    status: int = 404
 
     def get(self, address, **_query):
-        name = address.rpartition("/")[2]
-        if name not in self.pages:
-            raise requests.HTTPError("404 Not Found")
-        return self
-
-    def json(self):
-        return self.pages
+        answer = requests.Response()
+        answer.status_code = 200 if address.rpartition("/")[2] in self.found else self.status
+        answer.raw = io.BytesIO(json.dumps(self.found).encode())
+        answer.raise_for_status()
+        return answer
 
 
-def pages(**found):
-    """An access whose every page holds all of ``found``: each reader picks what is its own."""
-    return Server(version="0.32.0", **found)
+def pages(status=404, **found):
+    return Pages(found={"version": "0.32.0", **found}, status=status)
 
 
 def test_where_a_running_server_is_read(tmp_path):
@@ -121,13 +121,35 @@ def test_where_a_running_server_is_read(tmp_path):
     (tmp_path / "server.log").write_text(log("ngram"))
     told = json.loads((DATA / "vllm-0.32-ngram.server_info.json").read_text())["vllm_config"]
 
-    config, source = resolved.of_running("http://a", pages(server_info=1, vllm_config=told))
-    assert source == "server_info" and resolved.essentials(config)["max_num_seqs"] == 4
-    config, source = resolved.of_running("http://a", pages(server_info=1, vllm_config=text))
-    assert source == "server_info" and resolved.essentials(config)["enforce_eager"] is True
-    config, source = resolved.of_running("http://a", pages(), str(tmp_path / "server.log"))
-    assert source == "log" and resolved.essentials(config)["max_num_seqs"] == 4
-    assert resolved.of_running("http://a", pages()) == ({"version": "0.32.0"}, "nothing")
+    found = resolved.of_running("http://a", pages(server_info=1, vllm_config=told))
+    assert found.source == "server_info" and resolved.essentials(found.config)["max_num_seqs"] == 4
+    found = resolved.of_running("http://a", pages(server_info=1, vllm_config=text))
+    assert found.source == "server_info" and resolved.essentials(found.config)["enforce_eager"] is True
+    found = resolved.of_running("http://a", pages(), str(tmp_path / "server.log"))
+    assert (found.source, found.problem) == ("log", "") and resolved.essentials(found.config)["max_num_seqs"] == 4
+    assert resolved.of_running("http://a", pages()) == ({"version": "0.32.0"}, "nothing", "")
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [
+        (500, "http://a/server_info answered HTTP 500, as where the server's PATH names a folder that its user may not enter"),
+        (403, "http://a/server_info answered HTTP 403"),
+    ],
+)
+def test_page_that_fails_is_no_page_that_is_missing(tmp_path, status, problem):
+    (tmp_path / "server.log").write_text(log("ngram"))
+    found = resolved.of_running("http://a", pages(status), str(tmp_path / "server.log"))
+    assert (found.source, found.problem) == ("log", problem)
+    assert resolved.essentials(found.config)["expert_parallel"] is False
+    assert resolved.of_running("http://a", pages(status)).problem == problem
+
+
+def test_log_without_its_line_of_arguments_tells_no_default():
+    line = log("none").partition("\n")[2]
+    assert "non-default" not in line and resolved.essentials(resolved.from_log(line))["expert_parallel"] is None
+    given = log("none").replace("'max_num_seqs': 4}", "'max_num_seqs': 4, 'enable_expert_parallel': True}", 1)
+    assert resolved.essentials(resolved.from_log(given))["expert_parallel"] is True
 
 
 def test_server_that_is_not_there():
