@@ -113,15 +113,15 @@ def parse_squeue(text: str) -> list[Row]:
         if len(fields) != len(SQUEUE_FIELDS):
             raise _unexpected("squeue", line)
         job, name, uid, state, status, restarts, used, nodes, reason, submitted, started, comment = fields
-        raw = int(status) if status.isdigit() else 0
+        code, number = _status("squeue", status)
         rows.append(
             Row(
                 job_id=_base_id(job),
                 name=name,
                 uid=int(uid),
                 state=_state("squeue", state),
-                exit_code=raw >> 8,
-                signal=raw & 0x7F,
+                exit_code=code,
+                signal=number,
                 restarts=int(restarts) if restarts.isdigit() else 0,
                 elapsed_s=_elapsed(used),
                 nodes="" if nodes in _NOWHERE else nodes,
@@ -142,15 +142,15 @@ def parse_sacct(text: str) -> list[Row]:
         if len(fields) != len(SACCT_FIELDS):
             raise _unexpected("sacct", line)
         job, name, uid, state, status, elapsed, nodes, reason, submitted, started = fields
-        code, _colon, number = status.partition(":")
+        code, number = _status("sacct", status)
         rows.append(
             Row(
                 job_id=_base_id(job),
                 name=name,
                 uid=int(uid),
                 state=_state("sacct", state),
-                exit_code=int(code or 0),
-                signal=int(number or 0),
+                exit_code=code,
+                signal=number,
                 elapsed_s=float(elapsed or 0),
                 nodes="" if nodes in _NOWHERE else nodes,
                 reason=_reason(reason),
@@ -196,6 +196,16 @@ def _state(command: str, text: str) -> State:
     if word not in _STATES:
         raise SpecDecodeError(f"{command} names a job state {text!r} that is not known.", "Report it with Slurm's version.")
     return _STATES[word]
+
+
+def _status(command: str, text: str) -> tuple[int, int]:
+    """Exit code and signal: as ``3:0``, which ``squeue`` of 22.05 gives as the number that the kernel packs both into."""
+    if re.fullmatch(r"\d+:\d+", text):
+        code, number = text.split(":")
+        return int(code), int(number)
+    if command == "squeue" and text.isdigit():
+        return int(text) >> 8, int(text) & 0x7F
+    raise _unexpected(command, text)
 
 
 def _elapsed(text: str) -> float:

@@ -10,6 +10,11 @@ configuration, state, sockets and ports are this cluster's own, and only process
 
     cluster.py up FOLDER      start what is not running, and print the environment to use it
     cluster.py down FOLDER    stop what it started
+
+With ``--apt-source LINE`` the Slurm of another release is unpacked and run, whatever this machine has:
+
+    cluster.py up FOLDER --apt-source \
+        'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main'
 """
 
 from __future__ import annotations
@@ -31,11 +36,11 @@ import time
 from collections.abc import Callable
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "slurmdbd", "mariadb-server")
-#: what the programs need when they are unpacked instead of installed
-UNPACKED = (
-    "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libmunge2", "libhwloc15", "libjson-c5", "libjwt0",
-    "libhttp-parser2.9", "libpmix2", "liblua5.1-0", "libfreeipmi17", "librrd8", "libnuma1", "libhdf5-103-1",
-)  # fmt: skip
+#: what is unpacked, with all that it needs, instead of installed
+UNPACKED = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "slurm-wlm-mysql-plugin")
+#: what makes unpacked programs find their libraries
+PATCHER = "patchelf"
+COMMANDS = ("sacct", "sacctmgr", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 CPUS, MEMORY_MB, GPUS = 16, 16000, 8
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 15.0
@@ -55,6 +60,8 @@ class Settings:
     nodes: int = 2
     min_job_age: int = 300
     message_timeout: int = 5
+    #: a line of apt's sources.list: where another release's Slurm comes from; empty for this machine's own
+    apt_source: str = ""
 
 
 class Cluster:
@@ -83,12 +90,14 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """The variables that lead Slurm's commands to this cluster."""
         found = {"SLURM_CONF": str(self.conf)}
-        root = self.folder / "root"
-        if root.is_dir():
-            libraries = sorted({str(path.parent) for path in root.rglob("*.so*")})
-            found["PATH"] = f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}"
-            found["LD_LIBRARY_PATH"] = ":".join(libraries)
+        if self._unpacked.is_dir():
+            found["PATH"] = f"{self.folder}/bin:{os.environ['PATH']}"
         return found
+
+    @property
+    def _unpacked(self) -> pathlib.Path:
+        """Where the programs are if they are not this machine's own."""
+        return self.folder / "root"
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
         """Run one of Slurm's commands and return what it printed."""
@@ -149,7 +158,7 @@ class Cluster:
     def pid(self, daemon: str) -> int | None:
         """The process of a daemon, if this cluster started it and it is alive."""
         try:
-            pid, started = (self.folder / f"pid/{daemon}").read_text().split()
+            pid, _blank, started = (self.folder / f"pid/{daemon}").read_text().partition(" ")
         except FileNotFoundError:
             return None
         with contextlib.suppress(ChildProcessError):
@@ -179,26 +188,66 @@ class Cluster:
     # the programs
 
     def _provide_programs(self) -> None:
+        if (self.folder / "bin").is_dir():
+            return
         wanted = ["slurmctld", "slurmd", "sbatch", *(() if self.rootless else ("munged", "slurmdbd", "mariadbd"))]
-        if all(_which(name) for name in wanted) or (self.folder / "root/usr/sbin/slurmctld-wlm").exists():
+        installed = all(_which(name) for name in wanted)
+        if installed and not self.settings.apt_source:
             return
         if not shutil.which("apt-get"):
             raise CannotRun(f"Slurm ({', '.join(wanted)}) is not installed, and there is no apt-get to get it with")
-        if self.rootless:
-            self._unpack()
-        else:
+        if not self.rootless and not installed:
             _call(["apt-get", "update", "-qq"])
             _call(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], DEBIAN_FRONTEND="noninteractive")
+        if self.rootless or self.settings.apt_source:
+            self._unpack()
 
     def _unpack(self) -> None:
-        packages = self.folder / "packages"
-        packages.mkdir(parents=True, exist_ok=True)
-        _call(["apt-get", "download", "-qq", *UNPACKED], cwd=packages)
-        for package in sorted(packages.glob("*.deb")):
-            _call(["dpkg", "-x", str(package), str(self.folder / "root")])
+        """Slurm with all that it needs, down to the C library: nothing of the machine's own is used or changed."""
+        self._fetch("tools", [PATCHER], "", alone=True)
+        self._fetch("root", list(UNPACKED), self.settings.apt_source)
+        self._make_self_contained()
+        # Slurm's programs go by the name that they are called by.
+        (self.folder / "bin").mkdir()
+        for path in self._programs():
+            (self.folder / "bin" / path.name.removesuffix("-wlm")).symlink_to(path)
+
+    def _fetch(self, name: str, packages: list[str], source: str, alone: bool = False) -> None:
+        """Unpack packages, ``alone`` or with all that they need, into the folder ``name``."""
+        apt = self.folder / f"apt/{name}"
+        for part in ("lists/partial", "cache/archives/partial"):
+            (apt / part).mkdir(parents=True, exist_ok=True)
+        options = _options(apt, source)
+        _call(["apt-get", "-qq", *options, "update"])
+        if alone:
+            _call(["apt-get", "-qq", *options, "download", *packages], cwd=apt / "cache/archives")
+        else:
+            _call(["apt-get", "-qq", *options, "install", "--yes", "--download-only", "--no-install-recommends", *packages])
+        for package in sorted(apt.glob("cache/archives/*.deb")):
+            _call(["dpkg", "-x", str(package), str(self.folder / name)])
+
+    def _programs(self) -> list[pathlib.Path]:
+        commands = [self._unpacked / "usr/bin" / name for name in COMMANDS]
+        return [*commands, *self._unpacked.glob("usr/sbin/slurm*")]
+
+    def _make_self_contained(self) -> None:
+        """Name the unpacked libraries in the programs: a variable would reach the jobs too, whose shell is the machine's."""
+        patcher = self.folder / "tools/usr/bin" / PATCHER
+        (plugins,) = self._plugin_folders()
+        loader = next(self._unpacked.rglob("ld-linux-*.so.*"))
+        libraries = f"{loader.parent}:{plugins.parent}:{plugins}"
+        programs = self._programs()
+        for path in [*programs, *plugins.glob("*.so*")]:
+            if path.is_symlink() or path.read_bytes()[:4] != b"\x7fELF":
+                continue
+            interpreter = ["--set-interpreter", str(loader)] if path in programs else []
+            _call([str(patcher), *interpreter, "--force-rpath", "--set-rpath", libraries, str(path)])
+
+    def _plugin_folders(self) -> list[pathlib.Path]:
+        return sorted(self._unpacked.glob("usr/lib/*/slurm-wlm"))
 
     def _program(self, name: str) -> str:
-        unpacked = self.folder / f"root/usr/sbin/{name}-wlm"
+        unpacked = self.folder / "bin" / name
         return str(unpacked) if unpacked.exists() else str(_which(name))
 
     # the configuration
@@ -269,9 +318,7 @@ class Cluster:
             f"SlurmctldLogFile={folder}/log/slurmctld.log",
             f"SlurmdLogFile={folder}/log/%n.log",
             "ProctrackType=proctrack/linuxproc",
-            "TaskPlugin=task/none",
             "MpiDefault=none",
-            "SwitchType=switch/none",
             "ReturnToService=2",
             "SlurmdParameters=config_overrides",
             "SelectType=select/cons_tres",
@@ -289,14 +336,12 @@ class Cluster:
             "InactiveLimit=0",
             f"MessageTimeout={self.settings.message_timeout}",
             "TCPTimeout=2",
-            "JobCompType=jobcomp/none",
         ]
         if self.rootless:
             lines += ["AuthType=auth/none", "CredType=cred/none"]
-            plugins = sorted(folder.glob("root/usr/lib/*/slurm-wlm"))
-            lines += [f"PluginDir={path}" for path in plugins]
         else:
             lines += ["AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.sock", "CredType=cred/munge"]
+        lines += [f"PluginDir={path}" for path in self._plugin_folders()]
         if self.settings.accounting:
             lines += [
                 "AccountingStorageType=accounting_storage/slurmdbd",
@@ -307,15 +352,13 @@ class Cluster:
                 "AccountingStoreFlags=job_comment",
                 "JobAcctGatherType=jobacct_gather/linux",
             ]
-        else:
-            lines += ["AccountingStorageType=accounting_storage/none", "JobAcctGatherType=jobacct_gather/none"]
         lines += [
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[node]} CPUs={CPUS} Boards=1 SocketsPerBoard=1"
             f" CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory={MEMORY_MB} Gres=gpu:h100:{GPUS} State=UNKNOWN"
             for node in self.node_names
         ]
         lines += [
-            "PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE"
+            "PartitionName=train Nodes=ALL Default=YES MaxTime=30-0 State=UP PriorityTier=1 PreemptMode=REQUEUE"
             " GraceTime=0 DefMemPerCPU=100",
             "PartitionName=serving Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF"
             " DefMemPerCPU=100",
@@ -339,6 +382,7 @@ class Cluster:
                 "StorageUser=slurm",
                 "StoragePass=slurm",
                 "StorageLoc=slurm_acct",
+                *(f"PluginDir={path}" for path in self._plugin_folders()),
                 "",
             ]
         )
@@ -377,7 +421,7 @@ class Cluster:
             return [self._program(name), "-D"], lambda: self._succeeds("sacctmgr", "-n", "show", "cluster")
         if name == "slurmctld":
             return [self._program(name), "-D", "-i"], lambda: " is UP" in self.run("scontrol", "ping", check=False)
-        stepd = folder / "root/usr/sbin/slurmstepd-wlm"
+        stepd = folder / "bin/slurmstepd"
         return [self._program("slurmd"), "-D", "-N", name, *(["-d", str(stepd)] if stepd.exists() else [])], lambda: True
 
     def _make_database(self) -> None:
@@ -414,6 +458,21 @@ def _call(command: list[str], cwd: pathlib.Path | None = None, **environment: st
     return answer.stdout
 
 
+def _options(folder: pathlib.Path, source: str) -> list[str]:
+    """What makes ``apt-get`` work in a folder, for anybody, as if nothing were installed."""
+    options = {
+        "Dir::State::lists": folder / "lists",
+        "Dir::State::status": "/dev/null",
+        "Dir::Cache": folder / "cache",
+        "Debug::NoLocking": "1",
+        "APT::Sandbox::User": "root",
+    }
+    if source:
+        (folder / "sources.list").write_text(f"{source}\n")
+        options |= {"Dir::Etc::sourcelist": folder / "sources.list", "Dir::Etc::sourceparts": "-"}
+    return [f"-o{name}={value}" for name, value in options.items()]
+
+
 def _started_at(pid: int) -> str:
     """The kernel's start time of a living process: with it a number that was given anew is not taken for the old process."""
     try:
@@ -437,9 +496,12 @@ def main() -> int:
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--no-accounting", action="store_true")
     parser.add_argument("--rootless", action="store_true")
+    parser.add_argument("--apt-source", metavar="LINE", default="", help="where another release's Slurm comes from")
     options = parser.parse_args()
     try:
-        settings = Settings(accounting=False) if options.no_accounting else None
+        settings = None
+        if options.no_accounting or options.apt_source:
+            settings = Settings(accounting=not options.no_accounting, apt_source=options.apt_source)
         cluster = Cluster(options.folder, settings, options.rootless)
         if options.verb == "down":
             cluster.down()
