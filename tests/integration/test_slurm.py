@@ -41,8 +41,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests/slurm"))
 from cluster import CannotRun, Cluster
 from cluster import Settings as ClusterSettings
+from login_host import LoginHost, NoServer
 
 LIMIT_S = 90
+#: the variable that names where another release's Slurm comes from; without it the tests run on this machine's own
+APT_SOURCE = "SPEC_SLURM_APT_SOURCE"
 fault = pytest.mark.fault
 
 
@@ -85,6 +88,7 @@ def up(settings: ClusterSettings):
     folder = tempfile.mkdtemp(prefix="sd-slurm-")
     os.chmod(folder, 0o755)
     try:
+        settings = dataclasses.replace(settings, apt_source=os.environ.get(APT_SOURCE, ""))
         cluster = Cluster(pathlib.Path(folder) / "c", settings)
         cluster.up()
     except CannotRun as error:
@@ -166,7 +170,9 @@ def ended(spec, **settings):
     return until(lambda: (seen := look(spec, **settings)).state not in ALIVE and seen, "the job ends")
 
 
-def is_running(spec):
+def is_running(site, spec):
+    """Slurm says that the job runs, and its script has begun, which may be seconds later."""
+    until(lambda: site.starts(spec), "the script starts")
     return until(lambda: (seen := look(spec)).state is State.RUNNING and seen, "the job runs")
 
 
@@ -236,8 +242,7 @@ def test_script_that_is_edited_after_submission_runs_as_submitted(site):
 def test_signal_to_the_batch_script_reaches_the_users_script(site):
     spec = site.spec("trap 'echo got it > out; exit 0' USR1; sleep 60 & wait")
     submitted(spec)
-    seen = is_running(spec)
-    until(lambda: site.starts(spec), "the script starts")
+    seen = is_running(site, spec)
     time.sleep(0.3)  # until it has set its trap
     site.cluster.run("scancel", "--batch", "--signal=USR1", seen.job_id)
     assert ended(spec).state is State.COMPLETED
@@ -383,7 +388,7 @@ def states(site, spec):
 def test_controller_down_during_look_up(site):
     spec = site.spec("exec sleep 60")
     submitted(spec)
-    is_running(spec)
+    is_running(site, spec)
     with site.cluster.stopped("slurmctld"):
         assert look(spec).state is State.UNKNOWN
         with pytest.raises(Unanswered, match="did not answer .* nothing was submitted"):
@@ -458,13 +463,10 @@ def test_rejected_submission_is_reported_and_its_record_ignored(site):
 
 @fault
 def test_oversize_request_that_pends_is_said_with_slurms_reason(site):
-    spec = site.spec("true", options=(("nodes", 5),))
-    try:
-        submitted(spec)
-    except SpecDecodeError as error:
-        pytest.fail(f"this Slurm rejects it at once: {error}")
+    spec = site.spec("true", options=(("time", "40-0"),), time_limit_s=40 * 86400)
+    submitted(spec)
     seen = until(lambda: (seen := look(spec)).reason and seen, "Slurm gives its reason")
-    assert seen.state is State.PENDING and re.search("Limit|Resources|Nodes|Config", seen.reason), seen
+    assert seen.state is State.PENDING and seen.reason == "PartitionTimeLimit", seen
     jobs.remove(spec, executor(), Policy())
 
 
@@ -488,7 +490,7 @@ def test_failed_by_exit_code_signal_and_missing_command(site):
 def test_cancelled_by_somebody_is_not_submitted_again(site):
     spec = site.spec("exec sleep 60")
     submitted(spec)
-    site.cluster.run("scancel", is_running(spec).job_id)
+    site.cluster.run("scancel", is_running(site, spec).job_id)
     assert ended(spec).state is State.CANCELLED
     with pytest.raises(SpecDecodeError, match="ended as CANCELLED, which is not retried"):
         jobs.ensure(spec, executor(), Policy(retry_on=frozenset({State.FAILED})))
@@ -510,8 +512,9 @@ def test_cancel_leaves_a_strangers_job_of_the_same_name_alone(site):
 @fault
 def test_preempted_and_requeued_is_one_job(site):
     spec = site.spec("[ -e second ] || { touch second; sleep 60; }", options=(("nodelist", "n1"), ("exclusive", True)))
+    until(lambda: site.cluster.run("sinfo", "-h", "-n", "n1", "-o", "%T").split()[0] == "idle", "n1 is idle", limit_s=150)
     job_id = submitted(spec).sighting.job_id
-    is_running(spec)
+    is_running(site, spec)
     urgent = site.stranger("--partition=serving", "--nodelist=n1", "--exclusive", "--wrap=sleep 2")
     seen = until(lambda: (seen := look(spec)).state is State.REQUEUED and seen, "the job is requeued")
     assert seen.job_id == job_id and seen.restarts == 1
@@ -529,8 +532,8 @@ def test_node_that_dies(site):
     fails = site.spec("exec sleep 300", options=(("nodelist", last), ("requeue", False)))
     returns = site.spec("[ -e second ] || { touch second; exec sleep 300; }", options=(("nodelist", last),))
     job_ids = [submitted(spec).sighting.job_id for spec in (fails, returns)]
-    is_running(fails)
-    is_running(returns)
+    is_running(site, fails)
+    is_running(site, returns)
     # The node goes with everything on it: its daemon and the job's own processes.
     pattern = f"slurmstepd: \\[({'|'.join(job_ids)})\\."
     doomed = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
@@ -741,6 +744,77 @@ def test_wait_survives_a_lost_connection(site, tmp_path):
     assert re.search(r"work RUNNING \d\d:\d\d:\d\d on n1 · step 1200/10000 · acc_0 0.61", output), output
     assert "the connection is lost" in output and "state: COMPLETED" in output and "submitted: true" in output
     assert site.starts(spec) == 1
+
+
+@pytest.fixture
+def login(site, tmp_path):
+    """The same machine as a login host of the cluster, reached by SSH; where Slurm is, only its sessions know."""
+    found = {"PATH": os.environ["PATH"], **site.cluster.environment}
+    try:
+        host = LoginHost(tmp_path, found)
+        host.start()
+    except NoServer as error:
+        pytest.skip(f"no login host can run here: {error}")
+    sockets = tempfile.mkdtemp(prefix="sd-cp-")  # the address of a socket must be short
+    host.variables["ansible_control_path_dir"] = sockets
+    yield host
+    host.stop()
+    shutil.rmtree(sockets)
+
+
+def over_ssh(login, tmp_path, arguments: dict, **environment: str) -> subprocess.Popen:
+    """A play that reaches the login host by SSH, from a controller where no Slurm is configured."""
+    hosts = tmp_path / "login.json"
+    hosts.write_text(json.dumps({"spec_decode": {"hosts": {"login": login.variables}}}))
+    command = [str(ROOT / ".venv/bin/ansible-playbook"), "-i", str(hosts), playbook(tmp_path, arguments, environment=environment)]
+    own = {**os.environ, "PYTHONUNBUFFERED": "1", "SLURM_CONF": "/nowhere"}
+    return subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@fault
+def test_wait_over_ssh_survives_a_broken_session(site, login, tmp_path):
+    """The login host is cut off in the middle of the wait and back later; script and job are on its side."""
+    spec = site.spec("")
+    script = (
+        "#!/bin/bash\n#SBATCH --partition=train\necho start >> work.starts\n"
+        'echo \'{"text": "step 1200/10000 · acc_0 0.61"}\' > "$SPEC_DECODE_PROGRESS"\n'
+        "until [ -e enough ]; do sleep 0.2; done\n"
+    )
+    arguments = {key: value for key, value in task(spec, poll_interval=1).items() if key != "script"}
+    process = over_ssh(login, tmp_path, {**arguments, "content": script})
+    shown = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        shown.append(line)
+        if "step 1200/10000" in line and not any("is lost" in other for other in shown):
+            login.stop()
+        if "the connection is lost, trying again: " in line:
+            tell(spec, "enough")
+            login.start()
+    output = "".join(shown)
+    assert process.wait() == 0, output
+    assert re.search(r"work RUNNING \d\d:\d\d:\d\d on n\d · step 1200/10000 · acc_0 0.61", output), output
+    assert "the connection is lost" in output and "state: COMPLETED" in output and "submitted: true" in output
+    assert site.starts(spec) == 1 and len(site.queued(spec)) <= 1
+
+
+@fault
+def test_session_broken_before_the_reply_of_sbatch(site, login, tmp_path):
+    """Slurm has the job, and the connection breaks before its reply is through: the play finds the job by its name."""
+    spec = site.spec("exec sleep 2")
+    calls = tmp_path / "calls"
+    shim = tmp_path / "bin/sbatch"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nreply=$({shutil.which("sbatch")} "$@")\necho "$reply" >> {calls}\nsleep 30\n')
+    shim.chmod(0o755)
+    process = over_ssh(login, tmp_path, task(spec, poll_interval=1), PATH=f"{shim.parent}:{os.environ['PATH']}")
+    until(calls.exists, "Slurm has the job")
+    login.stop()
+    login.start()
+    output = finished(process)
+    assert "the connection is lost" in output and "state: COMPLETED" in output, output
+    assert site.starts(spec) == 1 and len(calls.read_text().splitlines()) == 1
+    assert [attempt.job_id for attempt in jobs.read_record(spec).attempts] == calls.read_text().split()
 
 
 @fault
