@@ -211,7 +211,7 @@ def load_error(template: str, folder: str, progress: Progress) -> str:
     if not template:
         return ""
     progress.update("loading the draft in vLLM")
-    command = [part.replace("{draft}", folder) for part in json.loads(template)]
+    command = [folder if part == "{draft}" else part for part in json.loads(template)]
     log = os.path.join(os.path.dirname(folder), "load.log")
     with open(log, "w", encoding="utf-8") as stream:
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode

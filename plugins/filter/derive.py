@@ -48,6 +48,7 @@ class FilterModule:
             "draft_config": draft_config,
             "experiment": experiment.compose,
             "fit": fit.fit,
+            "inventory_yaml": report.inventory_yaml,
             "next_step": phases.next_step,
             "parameters_table": experiment.parameters_table,
             "phases": phases.selected,

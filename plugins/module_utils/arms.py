@@ -28,7 +28,7 @@ MEMORY_SHARE, MOST_MEMORY = 0.9, 0.95
 MEMORY_FLAG = re.compile(r"^--gpu[-_]memory[-_]utilization(?:=(.*))?$")
 #: prompts for each request in flight that keep a trial's end, where the slots run empty, short beside the whole
 PROMPTS_A_SLOT = 5
-NAME = re.compile(r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from typing import Any
 
 from .arms import most_prompts
 from .errors import SpecDecodeError
 from .files import sha256_text
+from .user_input import SECRET, SECRET_FLAG
 
 Object = dict[str, Any]
 
@@ -31,9 +31,6 @@ NAME_LIMIT = 52
 CONFIG_MAP_BYTES = 1_000_000
 #: below every pod that names no class, so that anything may take the canary's place and nothing is ever started for it
 PRIORITY = -100
-#: variables and flags that would put a secret into an object for everyone to read
-SECRET = re.compile(r"TOKEN(?!S|I)|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
-SECRET_FLAG = re.compile(r"^--(?:api-key|hf-token)(?:=|$)")
 ENGINE_PROGRAMS = ("arm_servers.py", "dflash_vllm_eval.py", "measure_arms.py", "measure_canary.py")
 STAGING_PROGRAMS = ("stage_files.py",)
 

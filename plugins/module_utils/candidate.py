@@ -9,12 +9,13 @@ import json
 import os
 from typing import Any
 
+from . import user_input
 from .checkpoint import read_target
 from .derive import spec_slug
 from .draft_config import width_problem
 from .errors import SpecDecodeError
 from .evidence import draft_sha
-from .experiment import arms_plan, bundle_of, checked_name, site_variables
+from .experiment import arms_plan, bundle_of, checked_name
 from .files import read_json_object, sha256_value
 from .launchers import launchers
 from .verdict import has_no_draft
@@ -66,6 +67,7 @@ def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     config = candidate["speculative_config"]
     name = checked_name(settings["name"] or f"{facts['slug']}-{config['method']}-candidate".replace("_", "-"))
     bundle = bundle_of(settings["work_dir"], name)
+    user_input.path(settings["prompts_file"], "spec_prompts_file")
     experiment: dict[str, Any] = {
         "name": name,
         "slug": facts["slug"],
@@ -83,12 +85,12 @@ def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     experiment["launch"] = launchers(settings["slurm"], settings["slurm_phases"], name)
     plan = arms_plan(experiment, settings["prompts_file"], settings["seed"], config)
     experiment["recipe"] = {
-        **site_variables(settings["job"]["environment"]),
+        **user_input.variables(settings["job"]["environment"], "spec_job_environment"),
+        **plan["server_environment"],
         "ENGINE_PYTHON": experiment["engine_python"],
         "TARGET_MODEL_PATH": target["path"],
         "TARGET_SHA": target["sha"],
         "ARMS_PLAN": "configs/arms.json",
-        **plan["server_environment"],
     }
     draft = {"method": experiment["method"], "draft_dir": candidate["draft_dir"], "sha": candidate["sha"]}
     experiment["jobs"] = {

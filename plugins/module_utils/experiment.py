@@ -11,7 +11,7 @@ import re
 import textwrap
 from typing import Any
 
-from . import typed
+from . import typed, user_input
 from .draft_config import METHODS
 from .errors import SpecDecodeError
 from .files import sha256_value
@@ -35,8 +35,6 @@ WRITERS = {
     "train/manifest.json": "train",
     "results/draft.json": "convert",
 }
-#: names of shell variables that a site may add to its jobs
-VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 
 def checked_name(name: str) -> str:
@@ -52,13 +50,14 @@ def checked_name(name: str) -> str:
 
 def bundle_of(work_dir: str, name: str) -> str:
     """Where an experiment's bundle stands."""
-    return os.path.join(os.path.normpath(work_dir), name, "spec-decode")
+    return os.path.join(user_input.path(work_dir, "spec_work_dir"), name, "spec-decode")
 
 
 def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The experiment from what was derived and what the user set. Everything later phases need stands in it."""
     settings = typed.settings(settings)
     method, values = plan["method"], plan["values"]
+    _check_paths(plan["target"]["path"], settings)
     name = checked_name(settings["name"] or f"{values['slug']}-{method}")
     bundle = bundle_of(settings["work_dir"], name)
     slug = values["slug"]
@@ -67,7 +66,7 @@ def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "slug": slug,
         "method": method,
         "bundle": bundle,
-        "drafts_dir": os.path.join(os.path.normpath(settings["drafts_dir"]), slug),
+        "drafts_dir": os.path.join(user_input.path(settings["drafts_dir"], "spec_drafts_dir"), slug),
         "target": plan["target"],
         "chat_template": settings["chat_template"],
         "chat_template_file": settings["chat_template_file"],
@@ -93,6 +92,15 @@ def compose(plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     experiment["documents"] = _documents(experiment, plan, settings)
     experiment["derivation"] = plan["derivation"]
     return experiment
+
+
+def _check_paths(target: str, settings: dict[str, Any]) -> None:
+    """Whatever jobs open by its name. What is not given is derived, or not needed."""
+    sources = [("path in spec_sources", source.get("path", "")) for source in settings["dataset"]["sources"]]
+    others = [("target", target), *((name, settings[name]) for name in ("chat_template_file", "specforge_source"))]
+    for setting, value in [*others, *sources]:
+        if value:
+            user_input.path(value, setting)
 
 
 def _fit(experiment: dict[str, Any], plan: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
@@ -146,15 +154,6 @@ def _check_serving(serving: dict[str, Any]) -> None:
         )
 
 
-def site_variables(environment: dict[str, Any]) -> dict[str, str]:
-    """The site's own variables of its jobs, as texts."""
-    site = {str(key): str(value) for key, value in environment.items()}
-    bad = [key for key in site if not VARIABLE.match(key)]
-    if bad:
-        raise SpecDecodeError(f"{bad[0]!r} is no name of an environment variable.", "Mend spec_job_environment.")
-    return site
-
-
 def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[str, Any]) -> dict[str, Any]:
     """What the measurement does: the standing arm against ``tested``, with the same prompts, seeds and flags."""
     serving = experiment["serving"]
@@ -175,8 +174,8 @@ def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[
         "device_metrics": serving["device_metrics"],
         "ports": serving["ports"],
         "startup_timeout_s": serving["startup_timeout_s"],
-        "server_arguments": serving["server_arguments"],
-        "server_environment": {key: str(value) for key, value in serving["server_environment"].items()},
+        "server_arguments": user_input.arguments(serving["server_arguments"], "spec_server_arguments"),
+        "server_environment": user_input.variables(serving["server_environment"], "spec_server_environment"),
         "arms": [
             {"name": "standing", "speculative_config": serving["standing_config"] or None},
             {"name": "trained", "speculative_config": tested},
@@ -185,10 +184,11 @@ def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[
 
 
 def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """The variables of the recipe, as texts: the site's first, then the experiment's own."""
+    """The variables of the recipe, as texts: the site's first, then the experiment's own, which win."""
     slug, method = experiment["slug"], experiment["method"]
-    return {
-        **site_variables(settings["job"]["environment"]),
+    recipe = {
+        **user_input.variables(settings["job"]["environment"], "spec_job_environment"),
+        **user_input.variables(experiment["serving"]["server_environment"], "spec_server_environment"),
         "ENGINE_PYTHON": experiment["engine_python"],
         "TARGET_MODEL_PATH": experiment["target"]["path"],
         "TARGET_SHA": experiment["target"]["sha"],
@@ -206,8 +206,8 @@ def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str
         "EMBEDDING_KEY": plan["values"]["embedding_key"],
         "DRAFTS_DIR": experiment["drafts_dir"],
         "LOAD_CHECK": json.dumps(_load_check(experiment)),
-        **{str(key): str(value) for key, value in experiment["serving"]["server_environment"].items()},
     }
+    return {name: user_input.text(value, name) for name, value in recipe.items()}
 
 
 def _load_check(experiment: dict[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ def write_text(path: str, text: str, mode: int = 0o644) -> bool:
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -52,7 +52,7 @@ def write_text(path: str, text: str, mode: int = 0o644) -> bool:
 def read_text_or_none(path: str) -> str | None:
     """The text of a file, or ``None`` if there is none or it is no text."""
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", newline="") as stream:  # as it is: a carriage return is one
             return stream.read()
     except (OSError, UnicodeDecodeError):
         return None

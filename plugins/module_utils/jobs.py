@@ -39,7 +39,7 @@ from .slurm_script import without_directives
 
 #: exit status of a node program that refuses its input; it printed why
 REFUSED = 2
-NAME_PATTERN = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 
 class State(str, enum.Enum):

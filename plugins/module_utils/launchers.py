@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import SpecDecodeError
 from .slurm_time import seconds
+from .user_input import arguments, text, variables
 
 #: the launcher of each phase's job
 SCRIPTS = {
@@ -35,7 +36,6 @@ CONTAINERS = ("none", "pyxis", "apptainer")
 CONTAINER_KEYS = ("kind", "image", "mounts", "arguments")
 #: a word that sbatch takes as it is: no blank, quote, comment sign, backslash or control character
 WORD = re.compile(r"[A-Za-z0-9_./,:@%+=()\[\]&|!*^~-]+")
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def launchers(site: dict[str, Any], phases: dict[str, dict[str, Any]], experiment: str) -> dict[str, dict[str, Any]]:
@@ -72,8 +72,8 @@ def _launcher(found: dict[str, Any], job: str, phase: str) -> dict[str, Any]:
         "nodes": int(found["nodes"]),
         "gpus": int(found.get("gpus", 0)),
         "container": container,
-        "modules": [str(name) for name in found.get("modules") or []],
-        "activate": str(found.get("activate") or ""),
+        "modules": [text(name, "modules in spec_slurm") for name in found.get("modules") or []],
+        "activate": text(found.get("activate") or "", "activate in spec_slurm"),
         "environment": _environment(found),
     }
 
@@ -110,7 +110,7 @@ def _container(given: dict[str, Any]) -> dict[str, Any]:
         )
     if kind != "none" and not given.get("image"):
         raise SpecDecodeError(f"A container of kind {kind} needs an image.", "Set image in spec_slurm.container.")
-    mounts = [str(mount) for mount in given.get("mounts") or []]
+    mounts = [text(mount, "mounts in spec_slurm.container") for mount in given.get("mounts") or []]
     bad = next((mount for mount in mounts if "," in mount or not mount.startswith("/")), None)
     if bad is not None:
         raise SpecDecodeError(
@@ -119,17 +119,13 @@ def _container(given: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "kind": kind,
-        "image": str(given.get("image", "")),
+        "image": text(given.get("image", ""), "image in spec_slurm.container"),
         "mounts": mounts,
-        "arguments": [str(argument) for argument in given.get("arguments") or []],
+        "arguments": arguments(given.get("arguments") or [], "arguments in spec_slurm.container"),
     }
 
 
 def _environment(found: dict[str, Any]) -> dict[str, str]:
     """Variables of the phase's processes; NCCL's settings are given by their names without ``NCCL_``."""
     nccl = {f"NCCL_{str(key).removeprefix('NCCL_')}": value for key, value in (found.get("nccl") or {}).items()}
-    values = {str(key): str(value) for key, value in {**nccl, **(found.get("environment") or {})}.items()}
-    bad = next((key for key in values if not VARIABLE.fullmatch(key)), None)
-    if bad is not None:
-        raise SpecDecodeError(f"{bad!r} is no name of an environment variable.", "Mend environment or nccl in spec_slurm.")
-    return values
+    return variables({**nccl, **(found.get("environment") or {})}, "environment or nccl of spec_slurm")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from typing import Any
 
@@ -30,6 +31,25 @@ def verdict_fact(verdict: dict[str, Any], experiment: dict[str, Any]) -> dict[st
         "measured_at": verdict["measured_at"],
         "report": f"{experiment['bundle']}/report.html",
     }
+
+
+def inventory_yaml(variables: dict[str, Any]) -> str:
+    """Variables as YAML for an inventory. A text that Ansible would take for a template is marked as none.
+
+    What stands in a verdict was partly told by servers, and names folders: no play that reads it may run it.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Knows Ansible's tag."""
+
+    def text(dumper: Any, value: str) -> Any:
+        template = any(mark in value for mark in ("{{", "{%", "{#"))
+        return dumper.represent_scalar("!unsafe" if template else "tag:yaml.org,2002:str", value)
+
+    Dumper.add_representer(str, text)
+    # By way of JSON: inside Ansible these are its own kinds of list and text, which YAML's serializer refuses.
+    return str(yaml.dump(json.loads(json.dumps(variables)), Dumper=Dumper, sort_keys=True, indent=4, allow_unicode=True))
 
 
 def arm_rows(verdict: dict[str, Any]) -> list[Row]:

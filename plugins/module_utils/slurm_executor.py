@@ -48,7 +48,7 @@ OURS = frozenset(
     {"job-name", "comment", "output", "error", "open-mode", "parsable", "wrap", "wait", "export", "export-file", "clusters",
      "cluster", "dependency", "kill-on-invalid-dep", "chdir", "array", "test-only", "input", "quiet"}
 )  # fmt: skip
-_OPTION_NAME = re.compile(r"^[a-z][a-z0-9-]*$")
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9-]*\Z")
 
 
 @dataclasses.dataclass(frozen=True)

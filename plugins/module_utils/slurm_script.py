@@ -54,7 +54,7 @@ _SHORT = {
 def directives(script: str) -> list[str]:
     """The ``#SBATCH`` lines that Slurm would obey: those before the first command."""
     found = []
-    for line in script.splitlines():
+    for line in script.split("\n"):  # as Slurm does: a line ends at nothing else
         if line.startswith(DIRECTIVE):
             found.append(line)
         elif line.strip() and not line.startswith("#"):

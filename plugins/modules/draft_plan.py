@@ -153,6 +153,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.inference.spec_decode.plugins.module_utils import chat_templates, derive, preflight
 from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
+from ansible_collections.inference.spec_decode.plugins.module_utils.user_input import secrets_in
 
 
 def run(params: dict) -> dict:
@@ -186,14 +187,16 @@ def main() -> None:
             "capture_backend": {"type": "str", "choices": ["transformers", "sglang"], "default": "transformers"},
             "specforge_source": {"type": "str", "default": ""},
             "executor": {"type": "str", "default": "local"},
-            "slurm": {"type": "dict", "default": {}},
-            "slurm_phases": {"type": "dict", "default": {}},
+            "slurm": {"type": "dict", "default": {}, "no_log": True},
+            "slurm_phases": {"type": "dict", "default": {}, "no_log": True},
             "confirm_target_architecture": {"type": "bool", "default": False},
             "confirm_shared_work_dir": {"type": "bool", "default": False},
             "confirmed_versions": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
+    # As in slurm_job: the launchers' settings may hold a secret, though only to be refused later.
+    module.no_log_values = secrets_in([module.params["slurm"], module.params["slurm_phases"]])
     try:
         module.exit_json(**run(module.params))
     except SpecDecodeError as error:

@@ -54,7 +54,10 @@ options:
     elements: str
     default: []
   environment:
-    description: Environment variables of the job, part of its fingerprint. Only their checksums are recorded.
+    description:
+      - Environment variables of the job, part of its fingerprint. Only their checksums are recorded.
+      - The values of those whose names look like a secret's, such as C(HF_TOKEN), are shown nowhere. A job inherits the
+        environment of the task as well, of which nothing is recorded.
     type: dict
     default: {}
   inputs:
@@ -339,6 +342,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.files import
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_executor import Settings
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_policy import Serving
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_time import seconds
+from ansible_collections.inference.spec_decode.plugins.module_utils.user_input import secrets_in, variables
 
 SLURM_OPTIONS = (
     "partition", "account", "qos", "time", "nodes", "gpus", "gres", "dependency", "array", "nodelist",
@@ -354,7 +358,7 @@ def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
         script=params["script"] or "",
         directory=params["directory"],
         arguments=tuple(params["arguments"]),
-        environment=tuple((key, str(value)) for key, value in params["environment"].items()),
+        environment=tuple(variables(params["environment"], "environment", stated=False).items()),
         inputs=tuple(params["inputs"]),
         needs=tuple(params["needs"]),
         after=tuple(params["after"]),
@@ -457,7 +461,7 @@ def main() -> None:
             "script": {"type": "path"},
             "content": {"type": "str"},
             "arguments": {"type": "list", "elements": "str", "default": []},
-            "environment": {"type": "dict", "default": {}},
+            "environment": {"type": "dict", "default": {}, "no_log": True},
             "inputs": {"type": "list", "elements": "path", "default": []},
             "needs": {"type": "list", "elements": "str", "default": []},
             "after": {"type": "list", "elements": "str", "default": []},
@@ -510,6 +514,9 @@ def main() -> None:
         mutually_exclusive=[("script", "content"), ("name", "jobs"), ("experiment", "jobs")],
         supports_check_mode=True,
     )
+    # The system's log gets none of the environment. In what is returned a secret is masked and all else is shown, for to mask
+    # each value of the environment would mask every 0 and 1.
+    module.no_log_values = secrets_in(module.params["environment"])
     try:
         module.exit_json(**run(module))
     except SpecDecodeError as error:

@@ -20,6 +20,7 @@ import small_target
 
 BIN = ROOT / ".venv/bin"
 NAMESPACE = "inference.spec_decode"
+OLDEST = "2.16.19"
 PLAYBOOKS = sorted(path.stem for path in (ROOT / "playbooks").glob("*.yml"))
 
 
@@ -103,3 +104,16 @@ def write_site(found: Installed) -> None:
     (found.inventory / "group_vars/spec_decode.yml").write_text(yaml.safe_dump(settings))
     host = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
     (found.inventory / "hosts.yml").write_text(yaml.safe_dump({"spec_decode": {"hosts": {"localhost": host}}}))
+
+
+@pytest.fixture(scope="session")
+def oldest():
+    """The oldest ansible-core that the collection supports, in an environment of its own."""
+    if sys.version_info[:2] > (3, 12):
+        pytest.skip(f"ansible-core {OLDEST} does not know Python {sys.version_info.major}.{sys.version_info.minor}")
+    folder = ROOT / f".cache/ansible-core-{OLDEST}"
+    if not (folder / "complete").exists():
+        run(sys.executable, "-m", "venv", "--clear", folder)
+        run(folder / "bin/pip", "install", "--quiet", "--no-input", f"ansible-core=={OLDEST}")
+        (folder / "complete").write_text("")
+    return folder / "bin"

@@ -27,7 +27,9 @@ def configured(installed):
         )
         try:
             settings = {"awx_project_url": PROJECT, "awx_image": "registry.example.org/spec-decode-ee:0.1.0"}
-            first = installed.play("awx_configure", **settings)
+            installed.play("awx_configure", "--check", **settings)
+            assert {method for method, _path in store.requests} <= {"GET"}, "--check must make nothing"
+            first = installed.play("awx_configure", "-vvv", **settings)
             again = installed.play("awx_configure", **settings)
         finally:
             installed.environment = environment

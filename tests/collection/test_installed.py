@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-import sys
 import tarfile
 
 import pytest
 
 from .conftest import BIN, NAMESPACE, PLAYBOOKS, ROOT, run
-
-OLDEST = "2.16.19"
 
 
 def test_tarball_holds_the_collection_and_nothing_of_the_workshop(tarball):
@@ -29,19 +26,6 @@ def test_train_draft_by_its_name_in_check_mode(installed, method):
     printed = installed.play("train_draft", "--check", target=str(installed.target), method=method, chat_template="qwen")
     assert f"tiny-{method}" in printed and "failed=0" in printed
     assert not installed.work.exists(), "check mode must leave nothing behind"
-
-
-@pytest.fixture(scope="session")
-def oldest():
-    """The oldest ansible-core that the collection supports, in an environment of its own."""
-    if sys.version_info[:2] > (3, 12):
-        pytest.skip(f"ansible-core {OLDEST} does not know Python {sys.version_info.major}.{sys.version_info.minor}")
-    folder = ROOT / f".cache/ansible-core-{OLDEST}"
-    if not (folder / "complete").exists():
-        run(sys.executable, "-m", "venv", "--clear", folder)
-        run(folder / "bin/pip", "install", "--quiet", "--no-input", f"ansible-core=={OLDEST}")
-        (folder / "complete").write_text("")
-    return folder / "bin"
 
 
 def test_bundle_is_the_same_under_the_oldest_ansible(installed, oldest, tmp_path):

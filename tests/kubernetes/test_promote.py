@@ -10,13 +10,10 @@ import os
 import subprocess
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils.evidence import draft_sha
-from ansible_collections.inference.spec_decode.tests.unit.measurements import WIN, judge, measurement
+from ansible_collections.inference.spec_decode.tests.support.won_experiment import SERVING, write_won
 from lab import ROOT, changed, said
 
 STANDING = ["--model=/models/base", "--max-num-seqs", "64"]
-#: what production serves on, which this machine does not know
-SERVING = {"hardware": "H", "vllm": "0.32.0", "target_sha": "t"}
 
 
 class Production:
@@ -25,15 +22,8 @@ class Production:
     def __init__(self, cluster, folder) -> None:
         self.cluster, self.folder = cluster, folder
         self.draft = folder / "drafts/sha"
-        self.draft.mkdir(parents=True)
-        (self.draft / "model.safetensors").write_bytes(b"weights")
         self.bundle = folder / "tiny-eagle3/spec-decode"
-        (self.bundle / "results").mkdir(parents=True)
-        found = measurement(*WIN)
-        self.config = found["arms"]["trained"]["speculative_config"]
-        self.config["model"] = str(self.draft)
-        found["draft"]["sha"] = draft_sha(str(self.draft))
-        (self.bundle / "results/verdict.json").write_text(json.dumps(judge(found)))
+        self.config = write_won(self.bundle, self.draft)
         labels = {"app": "standing"}
         containers = [{"name": "vllm", "image": "vllm", "args": list(STANDING)}, {"name": "proxy", "image": "proxy"}]
         with cluster.store.lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pathlib
+import re
 
 import pytest
 import yaml
@@ -50,6 +51,14 @@ def test_every_filter_has_its_documentation():
     modules = [importlib.import_module(f"{package}.{path.stem}") for path in (ROOT / "plugins/filter").glob("*.py")]
     documented = {path.stem for path in (ROOT / "plugins/filter").glob("*.yml")}
     assert {name for module in modules for name in module.FilterModule().filters()} == documented
+
+
+def test_check_mode_of_every_playbook_is_tested():
+    """In molecule's scenario; what needs a controller beside the double of one."""
+    plays = yaml.safe_load((ROOT / "extensions/molecule/check_mode/converge.yml").read_text())
+    checked = {play["ansible.builtin.import_playbook"].rpartition(".")[2] for play in plays}
+    checked |= set(re.findall(r'play\("(\w+)", "--check"', (ROOT / "tests/collection/test_awx.py").read_text()))
+    assert checked == {path.stem for path in (ROOT / "playbooks").glob("*.yml")}
 
 
 def test_templates_start_with_a_portable_shebang():
