@@ -80,7 +80,8 @@ def convert(options: argparse.Namespace, method: str, converter: Converter) -> N
         converted = converter(exported, layers)
         target = read_json_object(os.path.join(options.target_model_path, "config.json"), "target's config")
         narrow = width_problem(converted.draft.config, target)
-        converted.problems += [f"{narrow}: it was trained for another target"] if narrow else []
+        # What other problems there are follows from this one.
+        converted.problems[:0] = [f"{narrow}: it was trained for another target"] if narrow else []
         folder = os.path.join(staging, "draft")
         write_draft(converted.draft, folder)
         sha = sha256_files([os.path.join(folder, name) for name in os.listdir(folder)], folder)[:16]

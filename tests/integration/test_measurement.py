@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import platform
 import signal
 import socket
 import subprocess
@@ -168,8 +169,8 @@ def test_evaluation_by_hand(server, bundle, prompts, tmp_path):
     )
     assert answer.returncode in (0, 1), answer.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    resolved, source = found["context"]["server"]
-    assert source == "server_info" and resolved["speculative_config.method"] == "ngram"
+    resolved, source, problem = found["context"]["server"]
+    assert (source, problem) == ("server_info", "") and resolved["speculative_config.method"] == "ngram"
     assert [trial["client"]["concurrency"] for trial in found["trials"]] == [1, 1, 2, 2]
     assert len({tuple(trial["texts"]) for trial in found["trials"][:2]}) == 1, "greedy answers must not change between trials"
     assert any(not trial["void"] for trial in found["trials"])
@@ -184,11 +185,12 @@ def test_wrong_model_name_is_refused(server, bundle, prompts, tmp_path):
         module(urls=[server.url], before=before, model_name="other")
 
 
-def test_arm_that_runs_beside_one_that_is_started(server, built, bundle, prompts, tmp_path):
-    """The standing arm is the server of these tests, K = 3; the other has K = 1 and is started."""
+def test_arm_that_runs_beside_one_that_is_restarted(server, built, bundle, prompts, tmp_path):
+    """The standing arm is the server of these tests, K = 3; the other has K = 1 and is up for its own trials only."""
     plan = {
         "model": "small", "target": {"path": str(built.target)}, "prompts": {"path": str(prompts), "count": 6}, "max_tokens": 40,
-        "temperature": 0.0, "seed": 0, "warmup": 2, "trials": 2, "aa_trials": 1, "concurrencies": [1], "ports": [0, 0],
+        "temperature": 0.0, "seed": 0, "warmup": 2, "trials": 3, "aa_trials": 1, "concurrencies": [1], "ports": [0, 0],
+        "resident": False,
         "startup_timeout_s": STARTUP_S, "server_arguments": FLAGS, "server_environment": ENVIRONMENT,
         "arms": [
             {"name": "standing", "url": server.url, "speculative_config": NGRAM},
@@ -199,13 +201,15 @@ def test_arm_that_runs_beside_one_that_is_started(server, built, bundle, prompts
     (tmp_path / "configs/arms.json").write_text(json.dumps(plan))
     out = tmp_path / "acceptance.json"
     command = [str(ENGINE), str(bundle / "measure_arms.py"), "--plan", str(tmp_path / "configs/arms.json"), "--out", str(out)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=STARTUP_S + 60, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=2 * STARTUP_S + 60, check=False)
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert [trial["arm"][0] for trial in found["trials"]] == ["s", "s", "t", "t", "s"]
-    assert found["differences"] == [] and found["design"]["resident"]
+    assert [trial["arm"][0] for trial in found["trials"]] == ["s", "s", "t", "t", "s", "s", "t"]
+    assert found["design"] == {"order": "ABBA", "resident": False, "aa_trials": 1, "sweep": []}
+    # Neither the arms nor the two starts of one differ in anything but the speculative config.
+    assert found["differences"] == [] and found["node"] == platform.node()
     assert {each["field"] for each in found["speculative_differences"]} >= {"speculative_config.num_speculative_tokens"}
-    assert found["arms"]["standing"]["resolved"]["max_num_seqs"] == 4 and len(found["arms"]["trained"]["starts_s"]) == 1
+    assert found["arms"]["standing"]["resolved"]["max_num_seqs"] == 4 and len(found["arms"]["trained"]["starts_s"]) == 2
     assert {len(t["engine"]["acceptance_per_position"]) for t in found["trials"] if t["arm"] == "trained" and not t["void"]} == {
         1
     }

@@ -9,7 +9,10 @@ import json
 import os
 import pathlib
 import socket
+import struct
 import subprocess
+
+from ansible_collections.inference.spec_decode.plugins.module_utils import gates
 
 ENGINE = pathlib.Path(__file__).resolve().parent.parent.parent / ".engine/bin/python"
 CONFIG = {
@@ -117,6 +120,31 @@ def test_one_row_of_two_sources_is_one_row(built, bundle, tmp_path):
     answer, result = prepare(built, bundle, tmp_path, sources, train=1, eval=1)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(result.read_text())["counts"] == {"train": 1, "eval": 1}
+
+
+def test_draft_for_a_target_of_another_width_is_not_staged(built, bundle, tmp_path):
+    """vLLM's loader takes it, and its engine dies of the first request."""
+    checkpoint = tmp_path / "epoch_0_step_10"
+    checkpoint.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": json.loads((built.target / "config.json").read_text())["vocab_size"],
+    }  # fmt: skip
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    tensor = {"norm.weight": {"dtype": "BF16", "shape": [64], "data_offsets": [0, 128]}}
+    header = json.dumps(tensor).encode()
+    (checkpoint / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(128))
+    (tmp_path / "train.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
+    answer = run(
+        bundle, "convert_eagle3_to_vllm.py", "--training", tmp_path / "train.json", "--draft-config", checkpoint / "config.json",
+        "--aux-layers", "1,3,4", "--target-model-path", built.target, "--drafts", tmp_path / "drafts", "--result",
+        tmp_path / "convert.json",
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    red = gates.evaluate("artifact", {"convert": json.loads((tmp_path / "convert.json").read_text())})
+    words = "the draft reads hidden states of 64 values, but the target's have 128: it was trained for another target"
+    assert not red.passed and red.reasons[0] == words
+    assert not [path for path in (tmp_path / "drafts").iterdir() if not path.name.startswith(".")]
 
 
 def arms(built, bundle, tmp_path, ports=(0, 0), arguments=()):

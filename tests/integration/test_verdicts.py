@@ -164,14 +164,45 @@ def test_layers_shifted_by_one_are_caught_without_measuring(bundle_of_draft, tmp
     assert not red.passed and f"but the served draft's config says {captured}" in red.reasons[0]
 
 
-def test_prompt_lookup_that_loses_goes_through_the_public_playbook(built, bundle_of_draft):
-    settings = {"spec_candidate": NGRAM, "spec_prompts_file": str(bundle_of_draft / "data/eval.jsonl"), "experiment": "lookup"}
+@pytest.fixture(scope="module")
+def lookup(built, bundle_of_draft):
+    """Prompt lookup by the public playbook, at two concurrencies and with a further K: its bundle, and what was printed."""
+    settings = {
+        "experiment": "lookup", "spec_candidate": NGRAM, "spec_prompts_file": str(bundle_of_draft / "data/eval.jsonl"),
+        "spec_concurrencies": [1, 2], "spec_sweep_k": [2], "spec_aa_trials": 0,
+        "spec_sol_ceiling": {"key": "test", "memory_bandwidth_bytes_per_s": 1e10, "source": "made up"},
+    }  # fmt: skip
     output = play("validate_draft", **site(built), **settings)
-    found = built.work / "lookup/spec-decode"
+    return built.work / "lookup/spec-decode", " ".join(output.split())
+
+
+def test_prompt_lookup_that_loses_goes_through_the_public_playbook(built, lookup):
+    found, output = lookup
     verdict = json.loads((found / "results/verdict.json").read_text())
     assert (verdict["decision"], verdict["tier"]) == ("do_not_ship", "DRAFT"), verdict["reasons"]
-    assert verdict["cause"] in ("draft_too_slow", "nothing_to_copy") and verdict["diagnosis"] in " ".join(output.split())
+    # A much shorter draft may be worth its cost.
+    assert verdict["cause"] in ("draft_too_slow", "nothing_to_copy", "wrong_k") and verdict["diagnosis"] in output
     assert "<svg" in (found / "report.html").read_text() and "method=eagle3" in (found / "results/levers.json").read_text()
     refused = play("promote_draft", check=False, **site(built), experiment="lookup")
     assert "the decision is do not ship, not ship" in " ".join(refused.split())
     assert not list(found.glob("deploy/standing-*")), "nothing may be written for a draft that lost"
+
+
+def test_every_k_at_every_concurrency_has_its_own_shape(lookup):
+    found, output = lookup
+    verdict = json.loads((found / "results/verdict.json").read_text())
+    assert [shape["concurrency"] for shape in verdict["shapes"]] == [1, 2]
+    for shape in verdict["shapes"]:
+        (point,) = shape["sweep"]
+        measured = {**shape["context"], "trained-k2": point["context"]["trained-k2"]}
+        assert {context["workload"]["concurrency"] for context in measured.values()} == {shape["concurrency"]}
+        assert [context["serving"]["speculative_config"] for context in measured.values()] == [
+            "none", NGRAM, {**NGRAM, "num_speculative_tokens": 2},
+        ]  # fmt: skip
+        assert all(0 < context["grounding"]["percent_of_sol"] < 100 for context in measured.values())
+        assert len(point["rates"]) == 2 and len(point["speedup_pairs"]) == 3 and point["differences"] == []
+    for report in (found / "report.md").read_text(), (found / "report.html").read_text():
+        assert report.count("ngram K=2") == 2 and report.count("standing beside trained-k2") == 2
+    assert output.count("ngram K=2") == 2
+    (settled,) = [lever for lever in verdict["levers"]["levers"] if lever["id"] == "k=2"]
+    assert settled["status"] in ("proved", "refuted") and settled["gate"] == "this run's sweep"
