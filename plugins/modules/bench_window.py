@@ -9,7 +9,7 @@ DOCUMENTATION = r"""
 ---
 module: bench_window
 short_description: Drain Slurm nodes for a measurement, and always resume them
-version_added: "0.2.0"
+version_added: "0.1.0"
 description:
   - Opens a window in which Slurm starts no new jobs on some nodes, so that a measurement there is not disturbed, and closes
     it again. Jobs that run when it opens go on.

@@ -15,6 +15,8 @@ description:
   - A candidate is any speculative config, a public draft, or V(mtp) and V(ngram), which need no draft.
 author:
   - inference.spec_decode contributors (@inference-spec-decode)
+extends_documentation_fragment:
+  - inference.spec_decode.attributes.reads_only
 options:
   target:
     description: Folder of the target's checkpoint as it is served; it may be quantised.
@@ -32,13 +34,6 @@ options:
     description: How many prompts are asked for.
     type: int
     default: 1
-attributes:
-  check_mode:
-    description: Reads only.
-    support: full
-  diff_mode:
-    description: Nothing is changed.
-    support: none
 """
 
 EXAMPLES = r"""

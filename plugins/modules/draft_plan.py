@@ -16,6 +16,8 @@ description:
   - Asks the engine's Python what it has installed, and checks that target, template, data and disk fit together.
 author:
   - inference.spec_decode contributors (@inference-spec-decode)
+extends_documentation_fragment:
+  - inference.spec_decode.attributes.reads_only
 options:
   target:
     description: Folder of the target's checkpoint.
@@ -106,13 +108,6 @@ options:
     description: Versions outside the known-good ranges that you have tried, by package.
     type: dict
     default: {}
-attributes:
-  check_mode:
-    description: Reads only.
-    support: full
-  diff_mode:
-    description: Nothing is changed.
-    support: none
 """
 
 EXAMPLES = r"""

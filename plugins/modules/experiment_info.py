@@ -16,6 +16,8 @@ description:
     Hardware and engine are not looked at, since only a server tells them.
 author:
   - inference.spec_decode contributors (@inference-spec-decode)
+extends_documentation_fragment:
+  - inference.spec_decode.attributes.reads_only
 options:
   work_dir:
     description: Folder that holds the experiments.
@@ -25,13 +27,6 @@ options:
     description: Name of one experiment. All if empty.
     type: str
     default: ""
-attributes:
-  check_mode:
-    description: Reads only.
-    support: full
-  diff_mode:
-    description: Nothing is changed.
-    support: none
 """
 
 EXAMPLES = r"""

@@ -19,6 +19,8 @@ description:
   - Reads the metric names of vLLM 0.8 and later.
 author:
   - inference.spec_decode contributors (@inference-spec-decode)
+extends_documentation_fragment:
+  - inference.spec_decode.attributes.reads_only
 options:
   urls:
     description: Addresses of the servers, with or without C(/metrics). Each is scraped now.
@@ -77,13 +79,6 @@ options:
     description: Longest time for one scrape, in seconds.
     type: int
     default: 10
-attributes:
-  check_mode:
-    description: Reads only.
-    support: full
-  diff_mode:
-    description: Nothing is changed.
-    support: none
 """
 
 EXAMPLES = r"""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import shutil
 import tarfile
 
@@ -45,6 +46,32 @@ def test_target_alone_suffices(installed):
     """Method and chat template are derived, and said."""
     printed = installed.play("train_draft", "--check", target=str(installed.target))
     assert "tiny-eagle3" in printed and "qwen (the one of qwen3 whose markers" in " ".join(printed.replace("\\n", " ").split())
+
+
+#: phase → the tasks that make it, by which its tag is known to reach into the roles that a phase includes
+PHASES = {
+    "dataset": ["Run the job dataset", "Gate the data set"],
+    "capture": ["Run the job capture", "Gate the features"],
+    "train": ["Run the job train", "Gate the training"],
+    "convert": ["Run the job convert", "Gate the artifact"],
+    "validate": ["Run the job validate", "Find out which draft is to be served", "Look for results", "Judge the measurement"],
+    "report": [],
+}
+
+
+def tasks_that_ran(printed):
+    """Names of tasks that were not skipped, without the roles' names."""
+    found = re.findall(r"^TASK \[(.+)\] \*+\n(?!skipping)", printed, re.MULTILINE)
+    return [name.rpartition(" : ")[2] for name in found]
+
+
+@pytest.mark.parametrize("tags", [["validate"], ["dataset", "capture", "train", "convert", "report"]], ids="-".join)
+def test_tags_of_phases_run_these_phases_and_no_others(installed, tags):
+    tasks = tasks_that_ran(installed.play("train_draft", "--check", "--tags", ",".join(tags), target=str(installed.target)))
+    assert "State the parameters back" in tasks
+    for phase, makes in PHASES.items():
+        expected = makes if phase in tags else []
+        assert [name for name in makes if name in tasks] == expected, f"{phase}: {tasks}"
 
 
 @pytest.mark.parametrize("playbook", PLAYBOOKS)

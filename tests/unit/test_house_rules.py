@@ -61,6 +61,22 @@ def test_check_mode_of_every_playbook_is_tested():
     assert checked == {path.stem for path in (ROOT / "playbooks").glob("*.yml")}
 
 
+def test_every_module_is_in_the_action_group_of_all():
+    groups = yaml.safe_load((ROOT / "meta/runtime.yml").read_text())["action_groups"]
+    listed = {name for name in groups["all"] if isinstance(name, str)} | set(groups["jobs"])
+    assert listed == {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
+
+
+def test_nothing_was_added_after_this_version():
+    """What says so would be missing from the release's notes."""
+    version = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
+    image = yaml.safe_load((ROOT / "execution-environment.yml").read_text())
+    assert f"spec_decode-{version}.tar.gz" in str(image), "the image holds this version"
+    for path in [*(ROOT / "plugins").rglob("*.py"), *(ROOT / "plugins").rglob("*.yml")]:
+        for added in re.findall(r"version_added: [\"']?([\d.]+)", path.read_text()):
+            assert tuple(map(int, added.split("."))) <= tuple(map(int, version.split("."))), path
+
+
 def test_templates_start_with_a_portable_shebang():
     for path in (ROOT / "templates").rglob("*"):
         if path.is_file() and path.read_text().startswith("#!"):
