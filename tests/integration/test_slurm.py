@@ -839,21 +839,34 @@ def test_play_ends_without_waiting_and_a_later_one_attaches(site, tmp_path):
 
 
 def test_node_is_drained_for_a_measurement_and_resumed_after_an_aborted_play(site, tmp_path):
-    path, slurm = str(tmp_path / "jobs/bench_window.json"), Slurm()
-    opened = bench_window.open_window(path, "tiny", "n2", "validate", "TPOT of both arms", Serving(), slurm)
-    assert opened["changed"]
-    shown = site.cluster.run("scontrol", "show", "node", "n2")
-    assert "DRAIN" in shown and re.search(r"Reason=spec_decode:tiny: TPOT of both arms \(\w+, 20", shown), shown
-    kept_off = site.spec("true", options=(("nodelist", "n2"),))
+    """A measuring job runs; the role drains its node, and the play goes no further."""
+    spec = site.spec(WHEN_TOLD, name="validate")
+    role = {
+        "ansible.builtin.include_role": {"name": "inference.spec_decode.bench_window", "tasks_from": "open.yml"},
+        "vars": {
+            "bench_window_experiment_name": spec.experiment, "bench_window_directory": spec.directory,
+            "bench_window_cluster": "", "bench_window_serving_nodes": [], "bench_window_phase": "validate",
+        },
+    }  # fmt: skip
+    tasks = [{"inference.spec_decode.slurm_job": task(spec, wait=False)}, role]
+    assert "changed=2" in finished(run_play(playbook(tmp_path, {}, tasks=tasks)))
+    node = is_running(site, spec).nodes
+    shown = site.cluster.run("scontrol", "show", "node", node)
+    assert "DRAIN" in shown, shown
+    assert re.search(rf"Reason=spec_decode:{spec.experiment}: both arms are measured \(\w+, 20", shown), shown
+    kept_off = site.spec("true", options=(("nodelist", node),))
     submitted(kept_off)
-    # The play dies here. The next one, or the teardown, closes whatever its experiment left open.
-    arguments = {"experiment": "tiny", "directory": str(tmp_path / "jobs"), "state": "closed"}
+    # The play died here. The next one, or the teardown, closes whatever its experiment left open.
+    arguments = {"experiment": spec.experiment, "directory": spec.directory, "state": "closed"}
     play = playbook(tmp_path, {}, tasks=[{"inference.spec_decode.bench_window": arguments}])
+    assert site.starts(kept_off) == 0
     assert "changed=1" in finished(run_play(play)) and "changed=0" in finished(run_play(play))
-    assert "DRAIN" not in site.cluster.run("scontrol", "show", "node", "n2")
-    assert ended(kept_off).nodes == "n2"
+    assert "DRAIN" not in site.cluster.run("scontrol", "show", "node", node)
+    assert ended(kept_off).nodes == node
+    tell(spec)
+    assert ended(spec).state is State.COMPLETED
     with pytest.raises(SpecDecodeError, match="not for 'train'"):
-        bench_window.open_window(path, "tiny", "n2", "train", "faster", Serving(), slurm)
+        bench_window.open_window(str(tmp_path / "none.json"), "tiny", node, "train", "faster", Serving(), Slurm())
 
 
 def test_one_query_serves_all_jobs_of_a_play(site, tmp_path):
