@@ -129,11 +129,18 @@ def verdict_table(verdict: dict[str, Any]) -> list[str]:
         f"accepted by position: {' '.join(f'{rate:.2f}' for rate in rates)}",
         f"TPOT speed-up {verdict['speedup_tpot']:.2f}, greedy outputs {'equal' if verdict['greedy_outputs_equal'] else 'differ'}",
         f"{verdict['tier']}: {verdict['decision']}",
+    ]
+    said = [
         *(f"  because {reason}" for reason in verdict["reasons"]),
         *([f"  {verdict['diagnosis']}"] if verdict["diagnosis"] else []),
         *(f"  a DRAFT since {reason}" for reason in verdict["tier_reasons"]),
+        *(f"next lever: {lever['lever']}: {lever['expected']}" for lever in verdict["next_levers"][:1]),
+        f"context: {context_line(verdict['context']['trained'])}",
     ]
-    if verdict["next_levers"]:
-        lever = verdict["next_levers"][0]
-        lines.append(f"next lever: {lever['lever']}: {lever['expected']}")
-    return [*lines, *textwrap.wrap(f"context: {context_line(verdict['context']['trained'])}", 76)]
+    return [*lines, *(line for text in said for line in _wrapped(text))]
+
+
+def _wrapped(text: str) -> list[str]:
+    """One sentence as lines of a terminal of 80 columns; a callback indents them."""
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(text, 72, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -74,6 +74,26 @@ def test_every_gate_has_its_section_in_the_runbook():
     assert red.message("training").endswith("More: docs/runbook.md#training")
 
 
+@pytest.mark.parametrize(
+    "symptom",
+    ["Training loss stays zero", "Acceptance is near zero", "Acceptance is fine, TPOT is worse", "PENDING for ever",
+     "canary does not schedule", "verdict stays DRAFT"],
+)  # fmt: skip
+def test_runbook_knows_what_goes_wrong_most(symptom):
+    assert [line for line in (ROOT / gates.RUNBOOK).read_text().splitlines() if line.startswith("## ") and symptom in line]
+
+
+def test_page_of_the_bundle_names_every_file():
+    bundles = support("unit", "test_bundle")
+    changes = {"capture_backend": "sglang", "slurm": {"gpus": 1}}
+    found = bundles.experiment.compose(bundles.plan(), bundles.settings(**changes))
+    named = {path.replace(found["slug"], "<slug>") for path in found["documents"]}
+    programs = [*(ROOT / "files").glob("*.py"), *(ROOT / "roles").rglob("*.yml"), *(ROOT / "plugins/module_utils").glob("*.py")]
+    named |= {path for program in programs for path in re.findall(r"(?:results|deploy)/[a-z-]+\.json", program.read_text())}
+    page = (ROOT / "docs/bundle.md").read_text().replace("…previous", "deploy/standing-speculative-config.previous")
+    assert [path for path in sorted(named) if path not in page] == []
+
+
 def test_picture_is_whole():
     assert xml.etree.ElementTree.parse(ROOT / "docs/flow.svg").getroot().tag.endswith("svg")
 

@@ -10,7 +10,7 @@ import json
 import pathlib
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import statistics, verdict
+from ansible_collections.inference.spec_decode.plugins.module_utils import report, statistics, verdict
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 from ansible_collections.inference.spec_decode.tests.unit.measurements import RIGHT_LAYERS, WIN, judge, measurement, trial
 
@@ -179,3 +179,11 @@ def test_recorded_win_with_its_arms_exchanged_is_a_loss():
     for each in acceptance["trials"]:
         each["arm"] = other[each["arm"]]
     assert verdict.judge(acceptance)["decision"] == "do_not_ship"
+
+
+def test_words_of_a_verdict_read_at_80_columns():
+    found = judge(measurement(*WIN, kind="cpu"))
+    lines = report.verdict_table(found)
+    assert max(map(len, lines[lines.index("") :])) <= 72, "a callback indents them"
+    said = " ".join(" ".join(lines).split())
+    assert all(reason in said for reason in (*found["reasons"], *found["tier_reasons"]))
