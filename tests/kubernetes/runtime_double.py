@@ -29,8 +29,10 @@ class Process:
         self._health = health
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as stream:
+            # A group of its own, but no session: Linux shares CPUs out between sessions, and vLLM's engine waits by yielding,
+            # which gives way within its session only. A client in another one got its tokens late and in bursts.
             self._process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
+                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, process_group=0, cwd=log.parent
             )
         self._ready = False
         if health:
