@@ -220,12 +220,14 @@ def run_trial(
     access = access or vllm_metrics.Access()
     started_at = now()
     before = vllm_metrics.scrape(url, access)
+    waited = waited_for_cpu()
     requests, seconds = run_loop(drive(url, load, access))
+    waited = waited_for_cpu() - waited
     good = [request for request in requests if not request.error]
     if not good:
         raise SpecDecodeError(f"No request to {url} succeeded: {requests[0].error}.", "See the server's log.")
     after = settled_snapshot(url, before, load, len(good), access)
-    client = client_figures(requests, good, seconds, load.concurrency)
+    client = {**client_figures(requests, good, seconds, load.concurrency), "cpu_wait_s": waited}
     engine: dict[str, Any] = {}
     try:
         engine = vllm_metrics.window(
@@ -249,6 +251,15 @@ def run_trial(
         "requests": [recorded(request) for request in requests],
         "snapshots": {"before": before.as_dict(), "after": after.as_dict()},
     }
+
+
+def waited_for_cpu() -> float:
+    """Seconds that this thread could have run but had no CPU, as Linux counts them; 0 where it does not."""
+    try:
+        with open("/proc/thread-self/schedstat", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def recorded(request: Request) -> dict[str, Any]:
@@ -323,7 +334,12 @@ def disagreement(client: dict[str, Any], engine: dict[str, Any]) -> str:
     else:
         return "the server has no histogram of the time per output token to check the client's against"
     if abs(ratio - 1) > AGREEMENT:
-        return f"the client's mean TPOT is {ratio:.3f} of the server's, beyond {AGREEMENT:.0%}"
+        said = f"the client's mean TPOT is {ratio:.3f} of the server's, beyond {AGREEMENT:.0%}"
+        waited, seconds = client["cpu_wait_s"], client["seconds"]
+        if waited > AGREEMENT * seconds:
+            # Tokens lie in the socket meanwhile, and are read all at once.
+            said += f"; the client waited {waited:.2f} of {seconds:.2f} s for a CPU: give it one that the server does not use"
+        return said
     return ""
 
 

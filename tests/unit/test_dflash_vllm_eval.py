@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from aiohttp import web
@@ -197,6 +199,33 @@ def test_trial_that_the_server_contradicts_is_void(client, load):
     stub = Stub()
     stub.reported_tpot_s = 0.5
     assert "of the server's, beyond 5%" in trial(client, load, stub)["void"]
+
+
+def test_a_client_that_got_no_cpu_says_so(client, load, monkeypatch):
+    """vLLM's engine polls: on few CPUs a client in another control group reads many tokens at once."""
+    counted = iter([1.0, 9.0, 0.0, 0.0])
+    monkeypatch.setattr(client, "waited_for_cpu", lambda: next(counted))
+    stub = Stub()
+    stub.reported_tpot_s = 0.5
+    found = trial(client, load, stub)
+    assert "; the client waited 8.00 of 0." in found["void"] and found["client"]["cpu_wait_s"] == 8
+    assert "for a CPU" not in trial(client, load, stub)["void"]
+
+
+def test_waiting_for_a_cpu_is_counted(client):
+    """A thread that shares one CPU with a busy process of the same weight waits for about half of its time."""
+    one = {min(os.sched_getaffinity(0))}
+    spin = subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {one})\nwhile True: pass"])
+    before, allowed = client.waited_for_cpu(), os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, one)
+        until = time.monotonic() + 10
+        while client.waited_for_cpu() - before < 0.05:
+            assert time.monotonic() < until
+    finally:
+        os.sched_setaffinity(0, allowed)
+        spin.kill()
+        spin.wait()
 
 
 @pytest.mark.parametrize(
