@@ -6,24 +6,30 @@
 
 What stands at a destination is never written to: it is found to be the same, or the program refuses. A copy goes to
 a folder beside it, file by file, each checked after it was read back; an interrupted one goes on where it stopped.
+
+Plain files inside the folder are all that is read and all that is written: a link that leads out of it, a link to a
+folder, a device or the like is refused, never followed and never left out silently.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
+import stat
 import tempfile
 from typing import Any
 
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
+from spec_decode.files import read_json_object, sha256_file, sha256_value, write_json
 from spec_decode.framing import frame
 from spec_decode.program import run
 from spec_decode.progress import Progress
 
 #: what is written beside the files: their checksums, relative path → SHA-256
 CHECKSUMS = ".spec-decode-checksums.json"
+SHA = re.compile(r"[0-9a-f]*")
 
 
 def main() -> None:
@@ -38,22 +44,22 @@ def main() -> None:
 
 def stage(folder: dict[str, str], progress: Progress) -> dict[str, Any]:
     """One folder, copied or found."""
-    source, destination, sha = folder["source"], folder["destination"].rstrip("/"), folder["sha"]
+    source, destination, sha = folder["source"], own_place(folder), folder["sha"]
     if not os.path.isdir(source):
         raise SpecDecodeError(
             f"The folder {source} to stage is not there.",
             "Check spec_canary_source: its volume must hold the drafts at the path that is named.",
         )
     names = files_below(source)
-    if not os.path.isdir(destination):
+    if not os.path.lexists(destination):
         copied = copy(source, f"{destination}.partial", names, progress)
         check_content(copied, sha, source)
         write_json(os.path.join(f"{destination}.partial", CHECKSUMS), copied)
         try:
             os.rename(f"{destination}.partial", destination)
-        except OSError:
+        except OSError as error:
             if not os.path.isdir(destination):  # another job was faster, with a copy that is checked below
-                raise
+                raise cannot_write(destination, error) from error
         else:
             return {**folder, "files": len(copied), "bytes": total(destination, copied), "changed": True}
     found = checksums(destination, progress)
@@ -68,8 +74,8 @@ def stage(folder: dict[str, str], progress: Progress) -> dict[str, Any]:
 
 def remove(folder: dict[str, str], progress: Progress) -> dict[str, Any]:
     """Take a staged folder away: only one that this program wrote."""
-    destination = folder["destination"].rstrip("/")
-    if os.path.isdir(destination):
+    destination = own_place(folder)
+    if os.path.lexists(destination):
         if not os.path.isfile(os.path.join(destination, CHECKSUMS)):
             raise SpecDecodeError(f"{destination} was not staged by this collection.", "Nothing was removed.")
         progress.update(f"removing {destination}")
@@ -78,28 +84,42 @@ def remove(folder: dict[str, str], progress: Progress) -> dict[str, Any]:
     return {**folder, "changed": False}
 
 
+def own_place(folder: dict[str, str]) -> str:
+    """The destination, if that can only be a folder of its own."""
+    place, sha = folder["destination"].rstrip("/"), folder["sha"]
+    named = bool(SHA.fullmatch(sha)) and (not sha or os.path.basename(place) == sha)
+    if not os.path.isabs(place) or os.path.normpath(place) != place or not named:
+        raise SpecDecodeError(
+            f"{folder['destination']!r} is no place for the content {sha!r}: it must be an absolute path without .. that ends in"
+            " that checksum.",
+            "Mend spec_canary_drafts_path or spec_canary_target_path; a checksum comes from results/draft.json.",
+        )
+    for path in (place, f"{place}.partial"):
+        if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise SpecDecodeError(f"{path} is no folder but {kind_of(path)}.", "Nothing was written; remove it yourself.")
+    return place
+
+
 def copy(source: str, partial: str, names: list[str], progress: Progress) -> dict[str, str]:
     """Copy what is not there yet; checksums by name."""
-    record = os.path.join(partial, CHECKSUMS)
-    done: dict[str, str] = read_json_or_none(record, "record of an interrupted copy") or {}
+    done: dict[str, str] = {}
+    if os.path.isdir(partial):
+        for name in set(files_below(partial)) - set(names):  # the source lost it since, or the copy was cut off within it
+            os.unlink(os.path.join(partial, name))
     for number, name in enumerate(names, 1):
         origin, target = os.path.join(source, name), os.path.join(partial, name)
         progress.update(f"{name} ({number}/{len(names)})", number, len(names))
-        sha = sha256_file(origin)
-        if done.get(name) == sha and os.path.isfile(target) and os.path.getsize(target) == os.path.getsize(origin):
-            continue
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        copy_file(origin, target, sha)
-        done[name] = sha
-        write_json(record, done)
-    for name in set(done) - set(names):  # the source lost it since the interrupted copy
-        os.unlink(os.path.join(partial, name))
-    return {name: done[name] for name in names}
+        done[name] = sha = sha256_file(origin)
+        if not (os.path.isfile(target) and os.path.getsize(target) == os.path.getsize(origin) and sha256_file(target) == sha):
+            copy_file(origin, target, sha)
+    return done
 
 
 def copy_file(origin: str, target: str, sha: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".copy-", dir=os.path.dirname(target))
+    temporary = ""
     try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".copy-", dir=os.path.dirname(target))
         with os.fdopen(handle, "wb") as written, open(origin, "rb") as read:
             shutil.copyfileobj(read, written, 1 << 20)
             written.flush()
@@ -109,13 +129,17 @@ def copy_file(origin: str, target: str, sha: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        raise SpecDecodeError(
-            f"Cannot write {target}: {error.strerror}.",
-            "Free space on the volume or mend its permissions; the copy goes on from here.",
-        ) from error
+        raise cannot_write(target, error) from error
     finally:
-        if os.path.exists(temporary):
+        if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def cannot_write(path: str, error: OSError) -> SpecDecodeError:
+    return SpecDecodeError(
+        f"Cannot write {path}: {error.strerror}.",
+        "Free space on the volume, or let spec_canary_run_as write there; the copy goes on from here.",
+    )
 
 
 def checksums(folder: str, progress: Progress) -> dict[str, str]:
@@ -127,13 +151,54 @@ def checksums(folder: str, progress: Progress) -> dict[str, str]:
 
 
 def files_below(folder: str) -> list[str]:
-    """All files below a folder, by their paths there; not the program's own record."""
-    return sorted(
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, _folders, names in os.walk(folder)
-        for name in names
-        if name != CHECKSUMS
-    )
+    """All files below a folder, by their paths there; not the program's own record. Refuses what is none."""
+    found = []
+    for place, folders, names in os.walk(folder, onerror=unreadable):
+        for name in [*folders, *names]:
+            path = os.path.join(place, name)
+            if name in folders and not os.path.islink(path):
+                continue
+            check_plain(path, folder)
+            found.append(os.path.relpath(path, folder))
+    return sorted(name for name in found if name != CHECKSUMS)
+
+
+def check_plain(path: str, folder: str) -> None:
+    """A file of the folder's own, or a link to one."""
+    where = os.path.realpath(path)
+    if os.path.islink(path) and not any(os.path.commonpath([root, where]) == root for root in roots(folder)):
+        raise SpecDecodeError(
+            f"{path} is a link to {os.readlink(path)}, which is not in {folder}.",
+            "Nothing outside a folder is staged with it: put the file itself there.",
+        )
+    if not stat.S_ISREG(mode_of(path)):
+        raise SpecDecodeError(
+            f"{path} is no file but {kind_of(path)}.", "Only files are staged: remove it, or put what it stands for there."
+        )
+
+
+def roots(folder: str) -> list[str]:
+    """Where a folder's files may be: in it. A snapshot in Hugging Face's cache has them beside it, in its repository's blobs."""
+    own = os.path.realpath(folder)
+    repository, holds = os.path.split(os.path.dirname(own))
+    return [own, os.path.join(repository, "blobs")] if holds == "snapshots" else [own]
+
+
+def mode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError:  # a link that leads nowhere, or round in a circle
+        return os.lstat(path).st_mode
+
+
+def kind_of(path: str) -> str:
+    mode = os.lstat(path).st_mode
+    kinds = {stat.S_IFLNK: "a link to none", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def unreadable(error: OSError) -> None:
+    raise SpecDecodeError(f"{error.filename} cannot be read: {error.strerror}.", "Mend its permissions.") from error
 
 
 def content(found: dict[str, str]) -> str:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import posixpath
 from typing import Any
 
+from . import arms as planned
 from . import resolved
 from .canary_objects import COMPONENT
 from .errors import SpecDecodeError
@@ -16,16 +18,10 @@ Object = dict[str, Any]
 
 
 def canary_arms(experiment: Object, draft: Object, canary: Object) -> list[Object]:
-    """The arms as they are served: the draft at its place in the pods."""
-    place = draft_place(experiment, draft, canary)
-    plan = experiment["documents"]["configs/arms.json"]
-    arms = []
-    for arm in plan["arms"]:
-        config = dict(arm["speculative_config"] or {})
-        if config.get("model") == "{draft}":
-            config["model"] = place
-        arms.append({"name": arm["name"], "speculative_config": config or None})
-    return arms
+    """The arms as they are served: the draft at its place in the pods, and one arm for each further K of the sweep."""
+    plan = {**planned.OPTIONAL, **experiment["documents"]["configs/arms.json"]}
+    made = planned.arms(plan, {"draft_dir": draft_place(experiment, draft, canary)})
+    return [{"name": arm.name, "speculative_config": arm.speculative_config, "sweep": arm.sweep} for arm in made.values()]
 
 
 def draft_place(experiment: Object, draft: Object, canary: Object) -> str:
@@ -40,6 +36,13 @@ def staging_sources(experiment: Object, draft: Object, canary: Object) -> list[O
     ]  # fmt: skip
     if canary["stage_target"]:
         found.append({"source": experiment["target"]["path"], "destination": canary["target_path"], "sha": ""})
+    for name, path in (("drafts_path", canary["drafts_path"]), *([("target_path", canary["target_path"])] if found[1:] else [])):
+        volume = posixpath.join("/", posixpath.normpath(canary["models"]["path"]))
+        if posixpath.commonpath([volume, posixpath.join("/", posixpath.normpath(path))]) != volume:
+            raise SpecDecodeError(
+                f"spec_canary_{name} is {path}, which is not on the volume that is mounted at {volume}.",
+                "Nothing else can be written to: mend it, or spec_canary_models.",
+            )
     return found
 
 
@@ -51,21 +54,34 @@ def identity(experiment: Object, draft: Object, canary: Object) -> str:
     return sha256_value([experiment["documents"]["configs/arms.json"], draft["sha"], served])
 
 
-def sessions(arms: list[str], trials: int, resident: bool) -> list[Object]:
-    """What is measured in one go: ``[{name, arms, pairs}]``.
+def sessions(arms: list[Object], plan: Object, resident: bool) -> list[Object]:
+    """What is measured in one go: ``[{name, arms, pairs, purpose}]``.
 
     Arms that fit side by side stay up and take turns trial by trial. Others are restarted whenever the arm changes;
-    ABBA order puts two trials of an arm together, so that n pairs take n + 1 starts.
+    ABBA order puts two trials of an arm together, so that n pairs take n + 1 starts. Each further K of a sweep is
+    compared with the baseline in pairs of its own, which are numbered as ``measure_arms.py`` numbers them.
     """
+    trials = plan["trials"]
+    compared = [arm["name"] for arm in arms if not arm["sweep"]]
+    found = _goes(compared, range(1, trials + 1), "compare", resident)
+    first = trials + plan.get("aa_trials", 0) + 1
+    for arm in arms:
+        if arm["sweep"]:
+            found += _goes([compared[0], arm["name"]], range(first, first + trials), "sweep", resident)
+            first += trials
+    return [{"name": f"session-{number}", **go} for number, go in enumerate(found, 1)]
+
+
+def _goes(arms: list[str], pairs: range, purpose: str, resident: bool) -> list[Object]:
     if resident:
-        return [{"name": "session-1", "arms": arms, "pairs": list(range(1, trials + 1))}]
+        return [{"arms": arms, "pairs": list(pairs), "purpose": purpose}]
     found: list[Object] = []
-    for pair in range(1, trials + 1):
-        for arm in arms if pair % 2 else arms[::-1]:
+    for place, pair in enumerate(pairs):
+        for arm in arms[::-1] if place % 2 else arms:
             if found and found[-1]["arms"] == [arm]:
                 found[-1]["pairs"].append(pair)
             else:
-                found.append({"name": f"session-{len(found) + 1}", "arms": [arm], "pairs": [pair]})
+                found.append({"arms": [arm], "pairs": [pair], "purpose": purpose})
     return found
 
 
@@ -103,6 +119,8 @@ def session_plan(plan: Object, session: Object, arms: list[Object], urls: dict[s
         **plan,
         "target": {**plan["target"], "path": target_path},
         "trials": len(session["pairs"]),
+        # The arms of a sweep are among the session's arms.
+        "sweep_num_speculative_tokens": [],
         "resident": True,
         # The first session has the baseline, whose extra trials these are.
         "aa_trials": plan.get("aa_trials", 0) if session["name"] == "session-1" else 0,
@@ -120,26 +138,37 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
     configs: dict[str, Object] = {}
     found: dict[str, Object] = {}
     trials: list[Object] = []
-    differences: list[Object] = []
+    between_starts: dict[str, list[Object]] = {}
     nodes: dict[str, set[str]] = {}
     for part in measured:
         session, result = part["session"], part["result"]
         for name in session["arms"]:
             config = result["configs"][name]
             changed = resolved.differences({"first start": configs.setdefault(name, config), "this start": config})
-            differences += resolved.of_starts(name, changed)
+            between_starts.setdefault(name, []).extend(resolved.of_starts(name, changed))
             arm = found.setdefault(name, {**result["arms"][name], "starts_s": [], "pods": []})
-            arm["starts_s"].append(part["waited_s"])
-            arm["startup_s"] = part["waited_s"]
-            arm["pods"] += part["pods"][name]
+            started = [pod for pod in part["pods"][name] if pod not in arm["pods"]]
+            if started:  # not one that stayed up from the session before
+                arm["starts_s"].append(part["waited_s"])
+                arm["startup_s"] = part["waited_s"]
+                arm["pods"] += started
             nodes.setdefault(name, set()).update(pod["node"] for pod in part["pods"][name])
         for trial in result["trials"]:
             beyond = trial["pair"] - len(session["pairs"])  # an extra trial has a number of its own after all pairs
             pair = plan["trials"] + beyond if beyond > 0 else session["pairs"][trial["pair"] - 1]
-            trials.append({**trial, "pair": pair, "position": len(trials) + 1, "session": session["name"]})
+            swept = {"purpose": "sweep"} if session["purpose"] == "sweep" else {}
+            trials.append({**trial, **swept, "pair": pair, "position": len(trials) + 1, "session": session["name"]})
+    plain = {arm["name"]: configs[arm["name"]] for arm in arms if not arm["sweep"]}
+    differences = [item for name in plain for item in between_starts[name]] + resolved.differences(plain)
+    baseline = arms[0]["name"]
     for arm in arms:
-        found[arm["name"]]["speculative_config"] = arm["speculative_config"]
-    differences += resolved.differences(configs)
+        name, config = arm["name"], arm["speculative_config"]
+        found[name].update(
+            speculative_config=config, num_speculative_tokens=(config or {}).get("num_speculative_tokens"), sweep=arm["sweep"]
+        )
+        if arm["sweep"]:
+            beside = resolved.differences({baseline: configs[baseline], name: configs[name]})
+            found[name]["differences"] = between_starts[name] + beside
     places = {name: sorted(where) for name, where in nodes.items()}
     if len({tuple(where) for where in places.values()}) > 1 or any(len(where) > 1 for where in places.values()):
         differences.append({"field": "kubernetes.node", "values": places})
@@ -153,9 +182,15 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
         "draft": draft,
         "arms": found,
         "differences": differences,
+        "speculative_differences": resolved.speculative_differences(plain),
         "node": " ".join(sorted({node for where in places.values() for node in where})),
         "hardware": facts["placement"]["hardware"],
-        "design": {**first.get("design", {}), "order": "ABBA", "resident": facts["placement"]["resident"]},
+        "design": {
+            **first.get("design", {}),
+            "order": "ABBA",
+            "resident": facts["placement"]["resident"],
+            "sweep": [found[arm["name"]]["num_speculative_tokens"] for arm in arms if arm["sweep"]],
+        },
         "kubernetes": {key: value for key, value in facts.items() if key != "identity"},
         "trials": trials,
     }

@@ -232,8 +232,6 @@ def survey(found: Object, canary: Object, arms: int) -> Object:
             f"An arm of {canary['replicas']} pods cannot be measured: their counters are not added up.",
             "Set spec_canary_replicas to 1.",
         )
-    if canary["sweep_k"]:
-        raise SpecDecodeError(f"A sweep over K ({canary['sweep_k']}) is not measured on Kubernetes.", "Leave spec_sweep_k empty.")
     name = priority_name(canary)
     classes = {item["metadata"]["name"]: item for item in found["priority_classes"]}
     check_priority_class(classes.get(name), canary)

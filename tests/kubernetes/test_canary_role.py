@@ -53,6 +53,26 @@ def test_side_by_side_with_a_server_that_fails_and_loses_replies(cluster, lab):
     assert changed(lab.play(**STAGING)) == 0
 
 
+def test_each_further_k_is_compared_with_the_baseline_on_the_same_node(cluster, lab):
+    """A sweep on a node for two: the arm that speculated makes room for the next K, the baseline stays."""
+    lab.experiment["documents"]["configs/arms.json"].update(sweep_num_speculative_tokens=[1, 3, 5], aa_trials=1)
+    pretend(cluster)
+    assert "side by side" in said(lab.play())
+    result = lab.result("acceptance")
+    assert [trial["arm"] for trial in result["trials"] if trial.get("purpose") != "sweep"] == ABBA
+    for name, tokens, first in (("trained-k1", 1, 5), ("trained-k5", 5, 8)):
+        own = [(t["arm"], t["pair"]) for t in result["trials"] if t.get("purpose") == "sweep" and first <= t["pair"] < first + 3]
+        assert own == [(name if arm == "trained" else arm, first + place // 2) for place, arm in enumerate(ABBA)]
+        arm = result["arms"][name]
+        assert (arm["sweep"], arm["num_speculative_tokens"], arm["speculative_config"]["num_speculative_tokens"]) == (
+            True, tokens, tokens,
+        )  # fmt: skip
+    assert [len(result["arms"]["standing"][what]) for what in ("pods", "starts_s")] == [1, 1], "it stayed up"
+    assert {pod["node"] for arm in result["arms"].values() for pod in arm["pods"]} == {"gpu-a"} and lab.own() == []
+    written = list(yaml.safe_load_all((lab.bundle / "deploy/tiny-spec-canary.yaml").read_text()))
+    assert "tiny-eagle3-trained-k1" not in [item["metadata"]["name"] for item in written]
+
+
 def test_one_after_the_other_where_a_node_takes_one_arm(cluster, lab):
     """ABBA with restarts, and after an eviction only what is missing is measured again."""
     pretend(cluster, {"gpu-a": 1})
@@ -133,6 +153,7 @@ def test_check_mode_makes_nothing(cluster, lab):
 
 def test_other_sites_get_the_objects_for_other_hands(cluster, lab):
     lab.experiment["serving"]["server_environment"]["HF_TOKEN"] = "hf_of_somebody"
+    lab.experiment["documents"]["configs/arms.json"]["sweep_num_speculative_tokens"] = [1, 5]  # which needs no objects
     lab.play(tasks_from="manifest")
     text = (lab.bundle / "deploy/tiny-spec-canary.yaml").read_text()
     assert "hf_of_somebody" not in text and "tiny-eagle3-secrets" in text and lab.draft["sha"] in text

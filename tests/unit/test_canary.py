@@ -13,6 +13,9 @@ import sys
 import pytest
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
+    arms as planned,
+)
+from ansible_collections.inference.spec_decode.plugins.module_utils import (
     canary_measuring,
     canary_objects,
     canary_placement,
@@ -40,12 +43,16 @@ CANARY = {
     "secrets": {"HF_TOKEN": {"name": "hugging-face", "key": "token"}}, "node": "", "node_selector": {},
     "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "scheduler": "", "annotations": {},
     "share_node": False, "priority_class": "", "run_as": 1000, "read_only_root": True, "monitor": "PodMonitor",
-    "startup_timeout_s": 1800, "schedule_timeout_s": 300, "job_timeout_s": 600, "sweep_k": [],
+    "startup_timeout_s": 1800, "schedule_timeout_s": 300, "job_timeout_s": 600,
     "server_arguments": ["--max-model-len=512"],
     "server_environment": {"VLLM_NO_USAGE_STATS": "1"},
 }  # fmt: skip
 CONFIG = {"method": "eagle3", "model": "/models/target/speculator/tiny/0123", "num_speculative_tokens": 3}
-ARMS = [{"name": "standing", "speculative_config": None}, {"name": "trained", "speculative_config": CONFIG}]
+ARMS = [
+    {"name": "standing", "speculative_config": None, "sweep": False},
+    {"name": "trained", "speculative_config": CONFIG, "sweep": False},
+]
+SWEPT = {"name": "trained-k1", "speculative_config": {**CONFIG, "num_speculative_tokens": 1}, "sweep": True}
 PLACEMENT = {"node": "a", "hostname": "a.cluster"}
 PROGRAMS = {"stage_files.py": "print()", "measure_arms.py": "", "spec_decode/__init__.py": "", "train_draft.py": "not needed"}
 
@@ -333,8 +340,6 @@ def test_slurm_decides_which_of_its_nodes_are_idle():
     assert canary_placement.survey(found, settings(), 2)["placement"]["node"] == "b"
     with pytest.raises(SpecDecodeError, match="An arm of 2 pods cannot be measured"):
         canary_placement.survey(found, settings(replicas=2), 2)
-    with pytest.raises(SpecDecodeError, match=r"A sweep over K \(\[1, 5\]\) is not measured on Kubernetes. Leave spec_sweep_k"):
-        canary_placement.survey(found, settings(sweep_k=[1, 5]), 2)
     with pytest.raises(SpecDecodeError, match="a is not idle in Slurm"):
         canary_placement.survey({**found, "slurm_idle": []}, settings(), 2)
 
@@ -448,18 +453,75 @@ def test_a_teardown_is_proved():
 
 
 def test_sessions():
-    assert canary_measuring.sessions(["s", "t"], 3, True) == [{"name": "session-1", "arms": ["s", "t"], "pairs": [1, 2, 3]}]
-    found = canary_measuring.sessions(["s", "t"], 3, False)
-    assert [(x["arms"], x["pairs"]) for x in found] == [(["s"], [1]), (["t"], [1, 2]), (["s"], [2, 3]), (["t"], [3])]
+    both = ["standing", "trained"]
+    assert canary_measuring.sessions(ARMS, {"trials": 3}, True) == [
+        {"name": "session-1", "arms": both, "pairs": [1, 2, 3], "purpose": "compare"},
+    ]  # fmt: skip
+    found = canary_measuring.sessions(ARMS, {"trials": 3}, False)
+    assert [(x["arms"], x["pairs"]) for x in found] == [
+        (["standing"], [1]), (["trained"], [1, 2]), (["standing"], [2, 3]), (["trained"], [3]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_sessions_take_the_trials_that_one_machine_would(resident):
+    """Whatever the number of trials, sweeps and concurrencies: the same trials as measure_arms.py takes, in its ABBA order."""
+    plan = {**planned.OPTIONAL, "trials": 3, "aa_trials": 2, "concurrencies": [1, 8], "sweep_num_speculative_tokens": [1, 5],
+            "target": {}, "prompts": {},
+            "arms": [{"name": "standing"}, {"name": "trained", "speculative_config": CONFIG}]}  # fmt: skip
+    whole = planned.arms(plan, {})
+    arms = [{"name": arm.name, "speculative_config": arm.speculative_config, "sweep": arm.sweep} for arm in whole.values()]
+    taken = [measured_as_planned(plan, session, arms) for session in canary_measuring.sessions(arms, plan, resident)]
+    found = canary_measuring.acceptance(taken, plan, {}, arms, FACTS)["trials"]
+    wanted = planned.schedule(plan, whole, resident)
+    assert {planned.key_of(trial) for trial in found} == {step.key for step in wanted} and len(found) == len(wanted)
+    for concurrency in (1, 8):
+        for purpose in ("compare", "sweep"):
+            assert [(t["arm"], t["pair"]) for t in found if (t["concurrency"], t["purpose"]) == (concurrency, purpose)] == [
+                (s.arm, s.pair) for s in wanted if (s.concurrency, s.purpose) == (concurrency, purpose)
+            ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"drafts_path": "/data/drafts"}, "spec_canary_drafts_path is /data/drafts, which is not on the volume"),
+        ({"drafts_path": "/models/../etc"}, "spec_canary_drafts_path is /models/../etc, which is not on"),
+        ({"drafts_path": "/models-of-others"}, "spec_canary_drafts_path is /models-of-others, which is not on"),
+        ({"stage_target": True, "target_path": "/base"}, "spec_canary_target_path is /base, which is not on"),
+    ],
+)
+def test_only_the_serving_volume_is_staged_to(changes, words):
+    experiment, draft = {"slug": "tiny", "target": {"path": "/work/base"}}, {"draft_dir": "/work/d", "sha": "01"}
+    whole = canary_measuring.staging_sources(experiment, draft, settings(stage_target=True))
+    assert [item["destination"] for item in whole] == ["/models/target/speculator/tiny/01", "/models/base"]
+    assert canary_measuring.staging_sources(experiment, draft, settings(target_path="/elsewhere"))[1:] == []
+    with pytest.raises(SpecDecodeError, match=words):
+        canary_measuring.staging_sources(experiment, draft, settings(**changes))
+
+
+def measured_as_planned(plan, session, arms):
+    """What a session's job brings back: the trials that its own plan asks for."""
+    own = canary_measuring.session_plan(plan, session, arms, {arm["name"]: "http://x" for arm in arms}, "/m")
+    steps = planned.schedule(own, planned.arms(own, {}), True)
+    return {
+        "session": session, "waited_s": 1.0, "pods": {arm: [{"name": arm, "node": "a"}] for arm in session["arms"]},
+        "result": {
+            "finished_at": "x", "duration_s": 1.0, "plan": {"prompts": {"sha256": "x"}},
+            "arms": {arm: {} for arm in session["arms"]}, "configs": {arm: {} for arm in session["arms"]},
+            "trials": [step.named for step in steps],
+        },
+    }  # fmt: skip
 
 
 def test_the_plan_of_a_session():
-    plan = {"trials": 5, "aa_trials": 2, "target": {"path": "/work/base"}, "arms": [{"speculative_config": {"model": "{draft}"}}]}
+    plan = {"trials": 5, "aa_trials": 2, "sweep_num_speculative_tokens": [1], "target": {"path": "/work/base"},
+            "arms": [{"speculative_config": {"model": "{draft}"}}]}  # fmt: skip
     session = {"name": "session-2", "arms": ["trained"], "pairs": [1, 2]}
     found = canary_measuring.session_plan(plan, session, ARMS, {"trained": "http://10.0.0.1:8000"}, "/models/base")
     assert found == {
-        "trials": 2, "aa_trials": 0, "resident": True, "target": {"path": "/models/base"},
-        "arms": [{"name": "trained", "speculative_config": CONFIG, "url": "http://10.0.0.1:8000"}],
+        "trials": 2, "aa_trials": 0, "sweep_num_speculative_tokens": [], "resident": True, "target": {"path": "/models/base"},
+        "arms": [{"name": "trained", "speculative_config": CONFIG, "sweep": False, "url": "http://10.0.0.1:8000"}],
     }  # fmt: skip
     first = {"name": "session-1", "arms": ["standing"], "pairs": [1]}
     assert canary_measuring.session_plan(plan, first, ARMS, {"standing": "http://10.0.0.2:8000"}, "/m")["aa_trials"] == 2
@@ -467,20 +529,22 @@ def test_the_plan_of_a_session():
         canary_measuring.session_plan(plan, session, ARMS, {}, "/m")
 
 
-def test_the_draft_stands_below_its_checksum():
+def test_the_draft_stands_below_its_checksum_and_each_further_k_is_an_arm():
     experiment = {"slug": "tiny", "documents": {"configs/arms.json": {"arms": [
         {"name": "standing", "speculative_config": None},
         {"name": "trained", "speculative_config": {**CONFIG, "model": "{draft}"}},
     ]}}}  # fmt: skip
     assert canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings()) == ARMS
-    # The objects are also written for arms that were measured elsewhere, with a sweep.
-    experiment["documents"]["configs/arms.json"]["sweep_num_speculative_tokens"] = [1, 5]
-    assert canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings()) == ARMS
+    experiment["documents"]["configs/arms.json"]["sweep_num_speculative_tokens"] = [1, 3]
+    assert canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings()) == [*ARMS, SWEPT], "K = 3 is the trained arm"
+    experiment["documents"]["configs/arms.json"]["arms"].pop()
+    with pytest.raises(SpecDecodeError, match="There is no arm with speculation whose K could be swept"):
+        canary_measuring.canary_arms(experiment, {"sha": "0123"}, settings())
 
 
-def measured(name, arms, pairs, on="a", mode="FULL"):
+def measured(name, arms, pairs, on="a", mode="FULL", purpose="compare"):
     return {
-        "session": {"name": name, "arms": arms, "pairs": pairs},
+        "session": {"name": name, "arms": arms, "pairs": pairs, "purpose": purpose},
         "waited_s": 1.5,
         "pods": {arm: [{"name": f"{arm}-{name}", "node": on}] for arm in arms},
         "result": {
@@ -496,8 +560,8 @@ def measured(name, arms, pairs, on="a", mode="FULL"):
 FACTS = {"identity": "i", "site": {}, "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"}}
 
 
-def merged(*parts):
-    return canary_measuring.acceptance(list(parts), {"prompts": {"count": 2}}, {"d": 1}, ARMS, FACTS)
+def merged(*parts, arms=ARMS):
+    return canary_measuring.acceptance(list(parts), {"prompts": {"count": 2}}, {"d": 1}, arms, FACTS)
 
 
 def test_sessions_become_one_result():
@@ -516,6 +580,20 @@ def test_another_node_and_another_configuration_are_differences():
         measured("1", ["standing"], [1]), measured("2", ["trained"], [1]), measured("3", ["standing"], [2], mode="NONE")
     )
     assert again["differences"][0]["field"] == "compilation_config.cudagraph_mode of the standing arm's starts"
+
+
+def test_a_sweep_has_pairs_and_differences_of_its_own():
+    compared = measured("1", ["standing", "trained"], [1])
+    found = merged(compared, measured("2", ["standing", "trained-k1"], [2], mode="NONE", purpose="sweep"), arms=[*ARMS, SWEPT])
+    assert [(t["arm"], t["pair"], t.get("purpose")) for t in found["trials"]][2:] == [
+        ("standing", 2, "sweep"), ("trained-k1", 2, "sweep"),
+    ]  # fmt: skip
+    # The standing arm's second start differs from its first, which touches both comparisons.
+    assert [item["field"] for item in found["differences"]] == ["compilation_config.cudagraph_mode of the standing arm's starts"]
+    swept = found["arms"]["trained-k1"]
+    assert (swept["sweep"], swept["num_speculative_tokens"], found["arms"]["trained"]["sweep"]) == (True, 1, False)
+    assert [item["field"] for item in swept["differences"]] == ["compilation_config.cudagraph_mode"]
+    assert found["design"]["sweep"] == [1]
 
 
 def test_only_what_was_measured_of_the_same_on_the_same_node_counts():

@@ -102,6 +102,12 @@ def damage_wrong_index(target):
     (target / INDEX).write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": "b.safetensors"}}))
 
 
+def damage_index_that_leads_out(target):
+    outside = target.parent / "b.safetensors"
+    outside.write_bytes((target / "b.safetensors").read_bytes())
+    (target / INDEX).write_text(json.dumps({"weight_map": {"a": "../b.safetensors", "b": str(outside)}}))
+
+
 def damage_no_weights(target):
     for name in ("a.safetensors", "b.safetensors", INDEX):
         (target / name).unlink()
@@ -127,6 +133,7 @@ def damage_quantised(target):
         (damage_truncated_shard, "b.safetensors is not whole: its header describes"),
         (damage_empty_shard, "b.safetensors is not whole"),
         (damage_wrong_index, "places tensor model.embed_tokens.weight in b.safetensors, which lacks it"),
+        (damage_index_that_leads_out, r"2 are missing \(../b.safetensors, /"),
         (damage_no_weights, "has no safetensors weights"),
         (damage_no_tokenizer, "has no tokenizer"),
         (damage_quantised, "is quantised for serving"),

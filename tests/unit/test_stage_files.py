@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import socket
+import stat
 import subprocess
 import sys
 
@@ -32,12 +35,20 @@ class Volume:
         self.place = folder / "models" / self.sha
         (folder / "spec_decode").symlink_to(ROOT / "plugins/module_utils")
 
-    def run(self, remove: bool = False, sha: str | None = None) -> subprocess.CompletedProcess:
+    def refused(self, **options) -> str:
+        answer = self.run(**options)
+        assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
+        return answer.stderr
+
+    def run(self, remove: bool = False, sha: str | None = None, place: str = "") -> subprocess.CompletedProcess:
         plan = self.folder / "plan.json"
         wanted = self.sha if sha is None else sha
         plan.write_text(
             json.dumps(
-                {"remove": remove, "folders": [{"source": str(self.source), "destination": str(self.place), "sha": wanted}]}
+                {
+                    "remove": remove,
+                    "folders": [{"source": str(self.source), "destination": place or str(self.place), "sha": wanted}],
+                }
             )
         )
         return subprocess.run(
@@ -68,12 +79,16 @@ def test_an_interrupted_copy_goes_on(volume):
     volume.staged()
     volume.place.rename(partial)
     (partial / "config.json").unlink()
+    (partial / ".spec-decode-checksums.json").write_text(json.dumps({"../../kept": "0", "/kept": "0"}))
+    kept = volume.folder / "kept"
+    kept.write_text("nobody's business")
     (partial / "left-over").write_text("of the source as it was")
-    record = json.loads((partial / ".spec-decode-checksums.json").read_text())
-    (partial / ".spec-decode-checksums.json").write_text(json.dumps({**record, "left-over": "0"}))
+    (partial / "more/.copy-0123").write_text("of a copy that was killed")
     copied = (partial / "more/model.safetensors").stat().st_mtime_ns
     assert volume.staged()["changed"]
     assert sorted(os.listdir(volume.place)) == [".spec-decode-checksums.json", "config.json", "more"]
+    assert os.listdir(volume.place / "more") == ["model.safetensors"] and kept.exists()
+    assert not volume.staged()["changed"], "what was left over would make it another content"
     assert (volume.place / "more/model.safetensors").stat().st_mtime_ns == copied
 
 
@@ -108,3 +123,163 @@ def test_removed_once_and_only_what_was_staged(volume):
     assert not volume.staged(remove=True)["changed"]
     volume.place.mkdir()
     assert "was not staged by this collection" in volume.run(remove=True).stderr and volume.place.exists()
+
+
+def test_a_file_that_rotted_in_an_interrupted_copy_is_copied_anew(volume):
+    partial = volume.place.with_name(volume.sha + ".partial")
+    volume.staged()
+    volume.place.rename(partial)
+    size = (partial / "more/model.safetensors").stat().st_size
+    (partial / "more/model.safetensors").write_bytes(b"0" * size)
+    assert volume.staged()["changed"]
+    assert (volume.place / "more/model.safetensors").read_bytes() == (volume.source / "more/model.safetensors").read_bytes()
+
+
+def escape_by_link(volume):
+    (volume.source / "model.bin").symlink_to("/etc/passwd")
+    return "model.bin is a link to /etc/passwd, which is not in"
+
+
+def escape_by_relative_link(volume):
+    (volume.folder / "secret").write_text("x")
+    (volume.source / "more/vocab.json").symlink_to("../../secret")
+    return "more/vocab.json is a link to ../../secret, which is not in"
+
+
+def escape_by_a_chain_of_links(volume):
+    (volume.source / "one").symlink_to("two")
+    (volume.source / "two").symlink_to("../../../../../../etc/passwd")
+    return "one is a link to two, which is not in"
+
+
+def escape_by_a_sibling_of_the_same_beginning(volume):
+    (volume.folder / "it's a draft of others").mkdir()
+    (volume.folder / "it's a draft of others/x").write_text("x")
+    (volume.source / "x").symlink_to("../it's a draft of others/x")
+    return "which is not in"
+
+
+def link_to_a_folder_outside(volume):
+    (volume.source / "etc").symlink_to("/etc")
+    return "etc is a link to /etc, which is not in"
+
+
+def link_to_a_folder_inside(volume):
+    (volume.source / "again").symlink_to("more")
+    return "again is no file but a link to none"
+
+
+def link_to_nothing(volume):
+    (volume.source / "gone").symlink_to("nowhere")
+    return "gone is no file but a link to none"
+
+
+def link_to_itself(volume):
+    (volume.source / "loop").symlink_to("loop")
+    return "loop is no file but a link to none"
+
+
+def pipe(volume):
+    os.mkfifo(volume.source / "pipe")
+    return "pipe is no file but a pipe"
+
+
+def endpoint(volume):
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(volume.source):
+        server.bind("socket")
+    return "socket is no file but a socket"
+
+
+def device_by_link(volume):
+    (volume.source / "zero").symlink_to("/dev/zero")
+    return "zero is a link to /dev/zero, which is not in"
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [escape_by_link, escape_by_relative_link, escape_by_a_chain_of_links, escape_by_a_sibling_of_the_same_beginning,
+     link_to_a_folder_outside, link_to_a_folder_inside, link_to_nothing, link_to_itself, pipe, endpoint, device_by_link],
+)  # fmt: skip
+@pytest.mark.parametrize("sha", [None, ""])
+def test_only_a_folders_own_files_are_staged(volume, trick, sha):
+    words = trick(volume)
+    assert words in volume.refused(sha=sha)
+    assert not volume.place.exists() and not volume.place.with_name(volume.sha + ".partial").exists()
+
+
+def test_a_device_is_no_file(volume):
+    device = volume.source / "device"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("only root may make a device")
+    assert "device is no file but a device" in volume.refused()
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(volume):
+    (volume.source / "more").chmod(0)
+    try:
+        if os.access(volume.source / "more", os.R_OK):
+            pytest.skip("root reads everything")
+        assert "more cannot be read: Permission denied." in volume.refused()
+    finally:
+        (volume.source / "more").chmod(0o755)
+
+
+def test_links_inside_the_folder_and_hard_links_become_files_of_their_own(volume):
+    (volume.source / "again.json").symlink_to("config.json")
+    os.link(volume.source / "config.json", volume.source / "hard.json")
+    assert volume.staged(sha="")["files"] == 4
+    copies = [volume.place / name for name in ("config.json", "again.json", "hard.json")]
+    assert all(not copy.is_symlink() and copy.stat().st_nlink == 1 and copy.read_text() == "{}" for copy in copies)
+
+
+def test_a_snapshot_in_hugging_faces_cache_is_staged_from_its_blobs(volume):
+    repository = volume.folder / "models--org--base"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs/0f").write_text("weights")
+    volume.source = repository / "snapshots/a1"
+    (volume.source / "more").mkdir(parents=True)
+    (volume.source / "more/model.safetensors").symlink_to("../../../blobs/0f")
+    assert volume.staged(sha="")["changed"]
+    staged = volume.place / "more/model.safetensors"
+    assert staged.read_text() == "weights" and not staged.is_symlink()
+    (volume.source / "refs").symlink_to("../../refs/main")
+    assert "refs is a link to ../../refs/main, which is not in" in volume.refused(sha="")
+
+
+@pytest.mark.parametrize(
+    ("place", "sha"),
+    [("models/{sha}", None), ("/models/../etc/{sha}", None), ("/models/{sha}/..", None), ("/models/other", None),
+     ("/models/../../{sha}", "../../{sha}"), ("/models/..", ".."), ("/", "")],
+)  # fmt: skip
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_destination_is_a_folder_of_its_own(volume, place, sha, remove):
+    said = volume.refused(remove=remove, sha=sha and sha.format(sha=volume.sha), place=place.format(sha=volume.sha))
+    assert "is no place for the content" in said
+
+
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize("suffix", ["", ".partial"])
+def test_a_destination_that_is_a_link_is_not_followed(volume, suffix, remove):
+    elsewhere = volume.folder / "elsewhere"
+    volume.staged()
+    volume.place.rename(elsewhere)
+    volume.place.with_name(volume.sha + suffix).symlink_to(elsewhere)
+    before = sorted(os.listdir(elsewhere))
+    assert "is no folder but a link" in volume.refused(remove=remove)
+    assert sorted(os.listdir(elsewhere)) == before
+
+
+def test_an_interrupted_copy_is_not_gone_on_with_through_a_link(volume):
+    partial = volume.place.with_name(volume.sha + ".partial")
+    partial.mkdir(parents=True)
+    elsewhere = volume.folder / "elsewhere"
+    elsewhere.mkdir()
+    (partial / "more").symlink_to(elsewhere)
+    assert "more is a link to" in volume.refused() and os.listdir(elsewhere) == []
+
+
+def test_a_volume_that_cannot_be_written_is_one_sentence(volume):
+    volume.place.parent.write_text("no folder")
+    assert "Cannot write " in volume.refused() and "spec_canary_run_as" in volume.refused()
