@@ -305,7 +305,7 @@ def _config_map(canary: Object, part: str, files: dict[str, str]) -> tuple[Objec
     if size > CONFIG_MAP_BYTES:
         raise SpecDecodeError(
             f"The programs and prompts of the {part} job are {size} bytes; a ConfigMap takes {CONFIG_MAP_BYTES}.",
-            "Measure with fewer prompts (spec_prompts), or set spec_canary_access to service or port_forward.",
+            "Measure with fewer prompts (spec_prompts).",
         )
     keys = {path: path.replace("/", "..") for path in sorted(files)}
     config = {

@@ -120,6 +120,7 @@ def test_a_restart_of_one_arm_voids_the_measurement(cluster, lab):
         ("job", STAGING, "tiny-eagle3-stage-[0-9a-f]{8}: BackoffLimitExceeded: .* Its log ends with:"),
         ("quota", {}, "no pod may be made: Error creating: pods .* exceeded quota: quota, requested: requests.nvidia.com/gpu=1"),
         ("forbidden", {}, 'nodes is forbidden: User \\\\?"tester\\\\?" cannot list resource'),
+        ("created", {}, 'deployments is forbidden: User \\\\?"tester\\\\?" cannot create resource "deployments"'),
         ("namespace", {"spec_kubernetes_namespace": "nowhere"}, 'namespaces \\\\?"nowhere\\\\?" not found'),
         ("room", {**STAGING, "spec_canary_job_resources": {"requests": {"cpu": "1000"}}},
          "stage-.* was given no node within 3 s: 0/1 nodes are available: 1 Insufficient cpu."),
@@ -138,6 +139,8 @@ def test_what_goes_wrong_is_said_and_leaves_nothing_behind(cluster, lab, fault, 
         cluster.add_quota(**{"requests.nvidia.com/gpu": "1"})
     if fault == "forbidden":
         cluster.api.forbidden.add(("list", "nodes"))
+    if fault == "created":
+        cluster.api.forbidden.add(("create", "deployments"))
     output = said(lab.play(code=2, **settings))
     assert re.search(words, output), output[-3000:]
     assert lab.own() == [] and not (lab.bundle / "results/acceptance.json").exists()
@@ -179,7 +182,13 @@ def test_teardown_of_one_of_two_while_it_comes_up(cluster, lab, tmp_path):
                 cluster.store.create(plural, item["metadata"].get("namespace", ""), item)
         wait_until(lambda: cluster.pods(experiment=other.name), 10, "the other canary's pod")
         before = other.own()
+        cluster.api.faults += [
+            Fault("GET", r"/jobs", code=500),
+            Fault("DELETE", r"/deployments", done=True),
+            Fault("DELETE", r"/services", code=503),
+        ]
         output = said(lab.play(role="teardown"))
+        assert all(fault.times == 0 for fault in cluster.api.faults)
         assert "nothing is left with experiment=tiny-eagle3" in output and "other objects are as they were" in output
         assert "it is gone: another one deleted it, as a teardown does" in said(play.communicate(timeout=60)[0])
     finally:
