@@ -120,7 +120,7 @@ def test_a_restart_of_one_arm_voids_the_measurement(cluster, lab):
         ("job", STAGING, "tiny-eagle3-stage-[0-9a-f]{8}: BackoffLimitExceeded: .* Its log ends with:"),
         ("quota", {}, "no pod may be made: Error creating: pods .* exceeded quota: quota, requested: requests.nvidia.com/gpu=1"),
         ("forbidden", {}, 'nodes is forbidden: User \\\\?"tester\\\\?" cannot list resource'),
-        ("created", {}, 'deployments is forbidden: User \\\\?"tester\\\\?" cannot create resource "deployments"'),
+        ("created", {}, 'deployments is forbidden: User \\\\?"tester\\\\?" cannot create resource'),
         ("namespace", {"spec_kubernetes_namespace": "nowhere"}, 'namespaces \\\\?"nowhere\\\\?" not found'),
         ("room", {**STAGING, "spec_canary_job_resources": {"requests": {"cpu": "1000"}}},
          "stage-.* was given no node within 3 s: 0/1 nodes are available: 1 Insufficient cpu."),
