@@ -188,9 +188,10 @@ def main() -> None:
     stay = resident(plan, hardware["kind"])
     plan["prompts"]["sha256"] = sha256_file(plan["prompts"]["path"])
     access = Access(os.environ.get("VLLM_API_KEY", ""), plan.get("ca_path", ""))
-    # Trials of another plan, another draft, another machine or another vLLM are not this measurement's.
+    # Trials of another plan, another draft, another machine, another vLLM or another client are not this measurement's.
     shaping = {name: value for name, value in plan.items() if name not in HARMLESS}
-    known = Measurement(options.out, sha256_value([shaping, draft, platform.node(), hardware, engine_version()]))
+    versions = [engine_version(), sha256_file(client.__file__)]
+    known = Measurement(options.out, sha256_value([shaping, draft, platform.node(), hardware, versions]))
     steps = schedule(plan, made, stay)
     missing, known.trials = remaining(steps, known.trials)
     logs = os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers")

@@ -82,7 +82,7 @@ def test_token_of_a_job(installed, tmp_path, how):
         {"spec_server_arguments": ["--api-key", SECRET]},
         {"spec_slurm": {"environment": {"HF_TOKEN": SECRET}}},
     ],
-    ids=lambda settings: "-".join(settings),
+    ids="-".join,
 )
 def test_secret_in_a_setting_is_refused_and_not_repeated(installed, tmp_path, settings):
     given = {"target": str(installed.target), "spec_work_dir": str(tmp_path / "work"), **settings}
