@@ -25,6 +25,10 @@ _REFUSED = re.compile(
     r"|Unable to open file|[Ii]nvalid --|not a valid",
     re.DOTALL,
 )
+#: a user's own variables that would answer another question than ours, or submit another job: filters of squeue and sacct,
+#: another cluster, an array
+_MISLEADING = re.compile(r"(SQUEUE|SACCT|SCANCEL|SINFO)_\w+|(SLURM|SBATCH)_CLUSTERS|SBATCH_(ARRAY_INX|WAIT)")
+_NO_ACCOUNTING_AT_ALL = "You are not running a supported accounting_storage plugin"
 _NO_ACCOUNTING = "accounting storage is disabled"
 _MESSAGE_TIMEOUT = re.compile(r"^MessageTimeout\s*=\s*(\d+)", re.MULTILINE)
 
@@ -85,12 +89,20 @@ class Slurm:
 
     def qualities(self) -> dict[str, str]:
         """What each quality of service may preempt; empty where there is no accounting to define any."""
-        command = ["sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name,preempt"]
+        lines = self._managed("qos", "format=name,preempt")
+        return {name: preempt for name, _bar, preempt in (line.partition(SEPARATOR) for line in lines)}
+
+    def default_qualities(self, user: str) -> list[str]:
+        """The qualities of service that a job of ``user`` gets when it names none: one of each of the user's accounts."""
+        return sorted(set(self._managed("associations", "where", f"user={user}", "format=defaultqos")))
+
+    def _managed(self, *what: str) -> list[str]:
+        """Lines of ``sacctmgr show``; none where there is no accounting."""
+        command = ["sacctmgr", "--noheader", "--parsable2", "show", *what]
         answer = self._call(command)
-        if answer.returncode and "You are not running a supported accounting_storage plugin" in answer.stderr:
-            return {}
-        lines = self._text(command, answer).splitlines()
-        return {name: preempt for name, _bar, preempt in (line.partition(SEPARATOR) for line in lines if line)}
+        if answer.returncode and _NO_ACCOUNTING_AT_ALL in answer.stderr:
+            return []
+        return [line for line in self._text(command, answer).splitlines() if line]
 
     def _ask(self, command: list[str]) -> str:
         return self._text(command, self._call(command))
@@ -106,10 +118,11 @@ class Slurm:
         if self.cluster and command[0] != "sacctmgr":
             command = [command[0], f"--clusters={self.cluster}", *command[1:]]
         self.calls += 1
+        given = {name: value for name, value in (environment or os.environ).items() if not _MISLEADING.fullmatch(name)}
         try:
             return subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-                timeout=self.limit_s, env={**(environment or os.environ), "SLURM_TIME_FORMAT": "standard"}, cwd=cwd,
+                timeout=self.limit_s, env={**given, "SLURM_TIME_FORMAT": "standard"}, cwd=cwd,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise Unanswered(f"{command[0]} did not answer within {self.limit_s:.0f} s") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import getpass
 import json
 import os
 import re
@@ -36,7 +37,7 @@ from .jobs import (
 )
 from .slurm_client import Slurm
 from .slurm_rows import Row, fold, newest
-from .slurm_script import option, options_of, wrapper
+from .slurm_script import option, options_in, options_of, wrapper
 
 #: how long a job that ran may be seen by nobody before it counts as lost: a requeue, a restart of the controller
 ABSENCE_LIMIT_S = 300.0
@@ -154,7 +155,7 @@ class SlurmExecutor:
         with open(spec.script, encoding="utf-8", errors="surrogateescape") as stream:
             script = stream.read()
         options = requested(spec, script)
-        options.update(self._kept_off_serving({**options_of(script), **options}))
+        options.update(self._kept_off_serving({**options_of(script), **options_in(os.environ), **options}))
         command = [*self._identity(spec, record, attempt), *[option(name, value) for name, value in options.items()]]
         # The script as it is now: what is edited later must not run under this fingerprint.
         copy, batch = _file(spec, attempt, "script"), _file(spec, attempt, "batch")
@@ -197,6 +198,8 @@ class SlurmExecutor:
             option("open-mode", "append"),
             option("chdir", spec.chdir or spec.folder),
             option("kill-on-invalid-dep", "yes"),
+            # A site's or a script's --export=NONE would take the job's marks and the user's variables away.
+            option("export", "ALL"),
         ]
         dependency = ",".join(self._dependencies(spec))
         return [*found, option("dependency", dependency)] if dependency else found
@@ -229,7 +232,7 @@ class SlurmExecutor:
         """Refuse what would disturb serving; returns options that keep the job off serving's nodes."""
         return slurm_policy.admit(
             options, self.settings.serving, self.slurm.show("partition"), self.slurm.show("node"),
-            self.slurm.show("config"), self.slurm.qualities(),
+            self.slurm.show("config"), self.slurm.qualities(), self.slurm.default_qualities(getpass.getuser()),
         )  # fmt: skip
 
     # cancelling

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import SpecDecodeError
 
 _REMEDY = "Choose another with spec_slurm; what counts as serving stands in spec_serving_partitions and spec_serving_nodes."
+_QUALITY_REMEDY = "Name one that preempts nobody: spec_slurm: {qos: ...}."
 _FIELD = re.compile(r"(\w+)=(.*?)(?= \w+=|$)")
 
 
@@ -28,9 +30,18 @@ class Serving:
 
 
 def admit(
-    options: dict[str, Any], serving: Serving, partitions: str, nodes: str, config: str, qualities: dict[str, str]
+    options: dict[str, Any],
+    serving: Serving,
+    partitions: str,
+    nodes: str,
+    config: str,
+    qualities: dict[str, str],
+    defaults: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Refuse a job that could disturb serving; returns the options that keep an admitted one off serving's nodes."""
+    """Refuse a job that could disturb serving; returns the options that keep an admitted one off serving's nodes.
+
+    ``qualities`` says whom each quality of service may preempt; ``defaults`` are those of a job that names none.
+    """
     known = {entry["PartitionName"]: entry for entry in objects(partitions)}
     states = {entry["NodeName"]: entry for entry in objects(nodes)}
     chosen = [name for name in str(options.get("partition", "")).split(",") if name] or _default(known)
@@ -40,7 +51,8 @@ def admit(
     for name in chosen:
         _check_partition(name, serving, known)
         _check_preemption(name, known, config)
-    _check_quality(str(options.get("qos", "")), qualities)
+    for name in [str(options["qos"])] if options.get("qos") else defaults:
+        _check_quality(name, qualities)
     reachable = {node for name in chosen for node in expand(known.get(name, {}).get("Nodes", ""))}
     if pinned & protected:
         raise SpecDecodeError(f"The job asks for node {_listed(pinned & protected)}, which serves.", _REMEDY)
@@ -118,7 +130,7 @@ def _check_preemption(name: str, known: dict[str, dict[str, str]], config: str) 
 
 def _check_quality(name: str, qualities: dict[str, str]) -> None:
     if qualities.get(name):
-        raise SpecDecodeError(f"The QoS {name!r} preempts jobs of {qualities[name]}; an experiment never does.", _REMEDY)
+        raise SpecDecodeError(f"The QoS {name!r} preempts jobs of {qualities[name]}; an experiment never does.", _QUALITY_REMEDY)
 
 
 def _check_exclusive(pinned: set[str], candidates: set[str], states: dict[str, dict[str, str]]) -> None:

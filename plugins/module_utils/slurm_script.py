@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import SpecDecodeError
@@ -50,6 +51,9 @@ _SHORT = {
     "t": "time", "w": "nodelist", "x": "exclude",
 }  # fmt: skip
 
+#: variables from which sbatch takes an option that serving has to be kept safe from; they win over the script's directives
+_VARIABLES = {"SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos", "SBATCH_EXCLUSIVE": "exclusive"}
+
 
 def directives(script: str) -> list[str]:
     """The ``#SBATCH`` lines that Slurm would obey: those before the first command."""
@@ -81,6 +85,11 @@ def options_of(script: str) -> dict[str, str]:
                 value = words.pop(0)
             found[name] = value
     return found
+
+
+def options_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """Options that sbatch would take from these variables, unless its command line says otherwise."""
+    return {option: environment[name] for name, option in _VARIABLES.items() if name in environment}
 
 
 def wrapper(script: str) -> str:

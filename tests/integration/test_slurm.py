@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import getpass
 import json
 import os
 import pathlib
@@ -651,9 +652,39 @@ def test_serving_is_never_disturbed(site):
         site.cluster.run("sacctmgr", "-i", "add", "qos", "pushy", "preempt=normal")
         with pytest.raises(SpecDecodeError, match="The QoS 'pushy' preempts jobs of normal"):
             jobs.ensure(site.spec("true", options=(("qos", "pushy"),)), executor(), Policy())
+        me = getpass.getuser()
+        site.cluster.run("sacctmgr", "-i", "add", "account", "research")
+        site.cluster.run("sacctmgr", "-i", "add", "user", me, "account=research", "qos=normal,pushy", "defaultqos=pushy")
+        with pytest.raises(SpecDecodeError, match="The QoS 'pushy' preempts jobs of normal"):
+            jobs.ensure(site.spec("true"), executor(), Policy())
+        site.cluster.run("sacctmgr", "-i", "delete", "user", me, "account=research")
     kept_off = site.spec("true")
     jobs.ensure(kept_off, SlurmExecutor(Settings(serving=Serving(nodes=("n1",)))), Policy())
     assert ended(kept_off).nodes == "n2"
+
+
+@fault
+def test_variables_of_the_users_own(site, monkeypatch):
+    spec = site.spec('echo "mark $SPEC_DECODE_JOB"; sleep 5')
+    text = open(spec.script).read()
+    with open(spec.script, "w") as stream:
+        stream.write(text.replace("#SBATCH", "#SBATCH --export=NONE\n#SBATCH", 1))
+    # Filters of the user's squeue hide the job, NONE takes its marks away, an array and --wait make it another.
+    own = {
+        "SQUEUE_PARTITION": "serving", "SQUEUE_STATES": "FAILED", "SACCT_FORMAT": "jobid", "SBATCH_EXPORT": "NONE",
+        "SBATCH_ARRAY_INX": "0-3", "SBATCH_WAIT": "1", "SLURM_CLUSTERS": "elsewhere", "SBATCH_CLUSTERS": "elsewhere",
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        submitted(spec)
+        assert jobs.ensure(spec, executor(), Policy()).action is Action.ATTACH
+        seen = ended(spec)
+    assert (seen.state, site.starts(spec), site.queued(spec)) == (State.COMPLETED, 1, [seen.job_id])
+    assert f"mark {jobs.read_record(spec).last.key}" in open(spec.log).read()
+    monkeypatch.setenv("SBATCH_PARTITION", "serving")
+    with pytest.raises(SpecDecodeError, match="would preempt jobs of train"):
+        jobs.ensure(site.spec("true"), executor(), Policy())
 
 
 @fault

@@ -54,8 +54,8 @@ NodeName=s1 Arch=x86_64 State=IDLE+DRAIN Partitions=serving Reason=disk is broke
 CONFIG = "PreemptMode             = REQUEUE\nPreemptType             = preempt/partition_prio\nMessageTimeout          = 5 sec\n"
 
 
-def admit(serving=Serving(), config=CONFIG, qualities=None, **options):
-    return slurm_policy.admit(options, serving, PARTITIONS, NODES, config, qualities or {})
+def admit(serving=Serving(), config=CONFIG, qualities=None, defaults=(), **options):
+    return slurm_policy.admit(options, serving, PARTITIONS, NODES, config, qualities or {}, defaults)
 
 
 # what Slurm prints
@@ -195,6 +195,14 @@ def test_ordinary_job_is_admitted_as_it_is():
 def test_what_could_disturb_serving_is_refused(serving, options, words):
     with pytest.raises(SpecDecodeError, match=words):
         admit(serving, qualities={"urgent": "normal,low", "normal": ""}, **options)
+
+
+def test_default_quality_of_service_is_looked_at_where_none_is_named():
+    qualities = {"urgent": "normal", "normal": ""}
+    with pytest.raises(SpecDecodeError, match="The QoS 'urgent' preempts jobs of normal") as found:
+        admit(qualities=qualities, defaults=["normal", "urgent"])
+    assert "spec_slurm: {qos: ...}" in found.value.remedy
+    assert admit(qualities=qualities, defaults=["normal", "urgent"], qos="normal") == {}
 
 
 def test_job_is_kept_off_serving_nodes():
