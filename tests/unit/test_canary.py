@@ -560,8 +560,8 @@ def measured(name, arms, pairs, on="a", mode="FULL", purpose="compare"):
 FACTS = {"identity": "i", "site": {}, "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"}}
 
 
-def merged(*parts, arms=ARMS):
-    return canary_measuring.acceptance(list(parts), {"prompts": {"count": 2}}, {"d": 1}, arms, FACTS)
+def merged(*parts, swept=()):
+    return canary_measuring.acceptance(list(parts), {"prompts": {"count": 2}}, {"d": 1}, [*ARMS, *swept], FACTS)
 
 
 def test_sessions_become_one_result():
@@ -584,7 +584,7 @@ def test_another_node_and_another_configuration_are_differences():
 
 def test_a_sweep_has_pairs_and_differences_of_its_own():
     compared = measured("1", ["standing", "trained"], [1])
-    found = merged(compared, measured("2", ["standing", "trained-k1"], [2], mode="NONE", purpose="sweep"), arms=[*ARMS, SWEPT])
+    found = merged(compared, measured("2", ["standing", "trained-k1"], [2], mode="NONE", purpose="sweep"), swept=(SWEPT,))
     assert [(t["arm"], t["pair"], t.get("purpose")) for t in found["trials"]][2:] == [
         ("standing", 2, "sweep"), ("trained-k1", 2, "sweep"),
     ]  # fmt: skip
