@@ -510,13 +510,19 @@ def test_cancel_leaves_a_strangers_job_of_the_same_name_alone(site):
     site.cluster.run("scancel", namesake)
 
 
+def idle_node(site) -> str:
+    """A node on which nothing of an earlier test is left, if there is one."""
+    lines = site.cluster.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()
+    return lines[0] if lines else ""
+
+
 @fault
 def test_preempted_and_requeued_is_one_job(site):
-    spec = site.spec("[ -e second ] || { touch second; sleep 60; }", options=(("nodelist", "n1"), ("exclusive", True)))
-    until(lambda: site.cluster.run("sinfo", "-h", "-n", "n1", "-o", "%T").split()[0] == "idle", "n1 is idle", limit_s=150)
+    node = until(lambda: idle_node(site), "a node is idle")
+    spec = site.spec("[ -e second ] || { touch second; sleep 60; }", options=(("nodelist", node), ("exclusive", True)))
     job_id = submitted(spec).sighting.job_id
     is_running(site, spec)
-    urgent = site.stranger("--partition=serving", "--nodelist=n1", "--exclusive", "--wrap=sleep 2")
+    urgent = site.stranger("--partition=serving", f"--nodelist={node}", "--exclusive", "--wrap=sleep 2")
     seen = until(lambda: (seen := look(spec)).state is State.REQUEUED and seen, "the job is requeued")
     assert seen.job_id == job_id and seen.restarts == 1
     assert jobs.ensure(spec, executor(), Policy()).action is Action.ATTACH
