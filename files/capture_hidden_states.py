@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM
 PROBE_SAMPLES = 4
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def capture_parser(description: str) -> argparse.ArgumentParser:
+    """What every capture is told, whatever computes the states."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--target-model-path", required=True)
     parser.add_argument("--method", choices=("eagle3", "dflash"), required=True)
     parser.add_argument("--aux-layers", required=True, help="ids of decoder layers counted from 0, such as 1,7,12")
@@ -46,6 +47,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True)
     parser.add_argument("--result", required=True)
     parser.add_argument("--max-length", type=int, required=True)
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    parser = capture_parser(__doc__.splitlines()[0])
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--tolerance", type=float, default=0.05, help="largest relative error that the probe allows")
     return parser.parse_args()

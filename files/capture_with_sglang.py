@@ -28,7 +28,7 @@ import time
 from typing import Any
 
 import torch
-from capture_hidden_states import save
+from capture_hidden_states import capture_parser, save
 from chat_format import ChatFormat, Rendered
 from draft_conversion import target_tensor
 from spec_decode import features
@@ -51,17 +51,8 @@ Tokens = tuple[int, ...]
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = capture_parser(__doc__.splitlines()[0])
     parser.add_argument("--command", required=True, help="JSON: script, arguments, processes_per_node")
-    parser.add_argument("--target-model-path", required=True)
-    parser.add_argument("--method", choices=tuple(TENSORS), required=True)
-    parser.add_argument("--aux-layers", required=True, help="ids of decoder layers counted from 0, such as 1,38,74")
-    parser.add_argument("--chat-template", required=True)
-    parser.add_argument("--chat-template-file", default="")
-    parser.add_argument("--data", required=True, help="folder with train.jsonl and manifest.json")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--result", required=True)
-    parser.add_argument("--max-length", type=int, required=True)
     return parser.parse_args()
 
 
