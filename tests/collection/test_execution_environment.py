@@ -15,7 +15,9 @@ from .conftest import BIN, NAMESPACE, ROOT, run
 def test_introspection_finds_the_collections_requirements(installed):
     answer = run(BIN / "ansible-builder", "introspect", installed.collections, env=installed.environment)
     found = yaml.safe_load(answer.stdout)
-    ours = {kind: [line.split()[0] for line in lines if f"collection {NAMESPACE}" in line] for kind, lines in found.items()}
+    lines = {kind: [line for line in lines if f"collection {NAMESPACE}" in line] for kind, lines in found.items()}
+    # What only tests need stands in bindep's profile of that name, which an image leaves out.
+    ours = {kind: [line.split()[0] for line in mine if "[test]" not in line] for kind, mine in lines.items()}
     assert ours["python"] == ["prometheus_client>=0.20", "requests>=2.31"]
     assert ours["system"] == ["openssh-clients", "openssh-client"]
     assert any("kubernetes.core" in line for line in found["python"]), "what the dependencies need comes along"

@@ -38,7 +38,7 @@ def test_modes_do_not_follow_the_umask(tmp_path, umask):
         os.umask(before)
     modes = {name: (tmp_path / "bundle" / name).stat().st_mode & 0o777 for name in ("a/file", "run.sh")}
     assert modes == {"a/file": 0o644, "run.sh": 0o755}
-    assert not [path for path in (tmp_path / "bundle").rglob(".*")], "no temporary file is left"
+    assert not list((tmp_path / "bundle").rglob(".*")), "no temporary file is left"
 
 
 @pytest.mark.parametrize("text", ["a\r\nb\r", "\ufeffa", "a\x0bb\u2028", ""])

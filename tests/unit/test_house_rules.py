@@ -70,8 +70,6 @@ def test_every_module_is_in_the_action_group_of_all():
 def test_nothing_was_added_after_this_version():
     """What says so would be missing from the release's notes."""
     version = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
-    image = yaml.safe_load((ROOT / "execution-environment.yml").read_text())
-    assert f"spec_decode-{version}.tar.gz" in str(image), "the image holds this version"
     for path in [*(ROOT / "plugins").rglob("*.py"), *(ROOT / "plugins").rglob("*.yml")]:
         for added in re.findall(r"version_added: [\"']?([\d.]+)", path.read_text()):
             assert tuple(map(int, added.split("."))) <= tuple(map(int, version.split("."))), path
