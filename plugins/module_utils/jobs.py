@@ -213,10 +213,11 @@ class Record:
     def tries(self) -> int:
         """Attempts that began and failed since the last failure that the user was told about.
 
-        One that was complete once, and whose result somebody took away or replaced, is no failure.
+        One that was complete once, and whose result somebody took away or replaced, is no failure; nor is one that the
+        teardown ended.
         """
         since = self.attempts[self.forgiven :]
-        return sum(not (attempt.details.get("never_ran") or attempt.details.get("was_complete")) for attempt in since)
+        return sum(not {"never_ran", "was_complete", "removed"} & attempt.details.keys() for attempt in since)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -356,6 +357,8 @@ def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bo
         return Action.SUBMIT, "The job was recorded, but never reached the scheduler."
     if sighting.never_ran:
         return Action.SUBMIT, "What the job waited for had failed, so it never ran."
+    if sighting.state is State.CANCELLED and record.last.details.get("removed"):
+        return Action.SUBMIT, "It was cancelled by the teardown, as the user wished."
     if sighting.exit_code == REFUSED:
         return Action.FAIL, "The job refused its input, which trying again does not change."
     if sighting.state not in policy.retry_on:
@@ -461,6 +464,7 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             )
         if alive and record is not None and record.last is not None and not policy.check_mode:
             executor.cancel(spec, record, record.last)
+            record.last.details["removed"] = True
             sighting = executor.look_up(spec, record, record.last)
             if sighting.state in ALIVE:
                 raise SpecDecodeError(

@@ -246,6 +246,14 @@ def test_remove_cancels_only_what_is_alive(spec):
     assert len(executor.cancelled) == 1
 
 
+def test_job_that_the_teardown_cancelled_runs_anew_when_it_is_wanted_again(spec):
+    executor, policy = ScriptedExecutor(), Policy(retry_on=frozenset({State.FAILED}), attempts=1)
+    jobs.ensure(spec, executor, policy)
+    assert jobs.remove(spec, executor, policy).state is State.CANCELLED
+    outcome = jobs.ensure(spec, executor, policy)
+    assert outcome.action is Action.SUBMIT and [attempt.number for attempt in outcome.record.attempts] == [1, 2]
+
+
 def test_secret_environment_values_are_not_recorded(spec):
     secret = dataclasses.replace(spec, environment=(("HF_TOKEN", "hunter2-hunter2"),))
     jobs.ensure(secret, ScriptedExecutor(), Policy())
