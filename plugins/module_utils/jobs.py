@@ -219,6 +219,11 @@ class Record:
         since = self.attempts[self.forgiven :]
         return sum(not {"never_ran", "was_complete", "removed"} & attempt.details.keys() for attempt in since)
 
+    @property
+    def told(self) -> bool:
+        """Whether the user heard of how the last attempt failed; calling again after that asks for another."""
+        return bool(self.attempts) and self.forgiven >= len(self.attempts)
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -359,6 +364,8 @@ def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bo
         return Action.SUBMIT, "What the job waited for had failed, so it never ran."
     if sighting.state is State.CANCELLED and record.last.details.get("removed"):
         return Action.SUBMIT, "It was cancelled by the teardown, as the user wished."
+    if record.told:
+        return Action.RESUBMIT, f"The job ended as {sighting.state.value}, which was reported; it is asked for again."
     if sighting.exit_code == REFUSED:
         return Action.FAIL, "The job refused its input, which trying again does not change."
     if sighting.state not in policy.retry_on:

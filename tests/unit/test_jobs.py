@@ -149,6 +149,8 @@ def test_state_that_is_not_retried_fails_at_once(spec):
     executor.seen = Sighting(State.CANCELLED, job_id="1")
     with pytest.raises(SpecDecodeError, match="ended as CANCELLED, which is not retried"):
         jobs.ensure(spec, executor, Policy(retry_on=frozenset({State.FAILED})))
+    # The message said to run again once the cause is mended, which nothing that the fingerprint covers need tell.
+    assert jobs.ensure(spec, executor, Policy(retry_on=frozenset({State.FAILED}))).action is Action.RESUBMIT
 
 
 def test_refused_input_is_not_tried_again(spec):
@@ -158,6 +160,9 @@ def test_refused_input_is_not_tried_again(spec):
     with pytest.raises(SpecDecodeError, match="refused its input, which trying again does not change"):
         jobs.ensure(spec, executor, Policy())
     assert len(executor.submitted) == 1
+    assert jobs.ensure(spec, executor, Policy()).action is Action.RESUBMIT and len(executor.submitted) == 2
+    with pytest.raises(SpecDecodeError, match="refused its input"):
+        jobs.ensure(spec, executor, Policy())
 
 
 def test_unanswered_question_never_submits(spec):
