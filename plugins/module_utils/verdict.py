@@ -212,11 +212,13 @@ def _shape(
     accepted = _compare(usable, TRAINED, lambda trial: 1 / _acceptance_length([trial["engine"]]))
     wins, losses, notes = _outcome(concurrency, arms, tpot, accepted, cost, limits)
     red = _guardrails(arms, limits, tpot.median, length, speculates, acceptance["plan"]["temperature"], trials)
+    ratio = arms[TRAINED]["ttft_p99_ms"]["median"] / arms[STANDING]["ttft_p99_ms"]["median"]
+    if ratio > limits["max_ttft_p99_ratio"]:
+        losses.append(f"p99 of the time to first token is {ratio:.2f} times the standing arm's; it must stay below"
+                      f" {limits['max_ttft_p99_ratio']:g}")  # fmt: skip
     if evidence.layers_problem:
         losses.append("the draft is served on other layers than it was trained on")
     decision = "do_not_ship" if losses else "ship" if len(wins) == 2 and not red else "inconclusive"
-    if decision == "inconclusive" and any("must stay" in reason for reason in red):
-        decision = "do_not_ship"
     contexts, shares = _grounded(acceptance, arms, concurrency, grounding)
     sweep = _sweep(acceptance, trials, concurrency, grounding)
     found = {
@@ -414,12 +416,9 @@ def _guardrails(
     temperature: float,
     trials: list[dict[str, Any]],
 ) -> list[str]:
+    """What is wrong with a measurement that would otherwise be believed."""
     standing, trained = arms[STANDING], arms[TRAINED]
     red = []
-    ratio = trained["ttft_p99_ms"]["median"] / standing["ttft_p99_ms"]["median"]
-    if ratio > limits["max_ttft_p99_ratio"]:
-        red.append(f"p99 of the time to first token is {ratio:.2f} times the standing arm's; it must stay below"
-                   f" {limits['max_ttft_p99_ratio']:g}")  # fmt: skip
     for name, arm in arms.items():
         if arm["errors"] > limits["max_error_rate"] * arm["requests"]:
             red.append(f"{arm['errors']} of {arm['requests']} requests of the {name} arm failed")
