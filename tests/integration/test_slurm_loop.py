@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,6 +57,19 @@ class Site:
         assert answer.returncode == code, answer.stdout[-6000:] + answer.stderr[-2000:]
         return answer.stdout
 
+    @contextlib.contextmanager
+    def play_that_is_killed(self, playbook: str, **extra):
+        """A play that is killed with all its processes at the end of the block."""
+        process = subprocess.Popen(
+            self._command(playbook, extra), **self._place, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            yield
+            assert process.poll() is None, "the play ended before it could be killed"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
     def _command(self, playbook: str, extra: dict) -> list[str]:
         return [
             str(ROOT / ".venv/bin/ansible-playbook"), f"playbooks/{playbook}.yml", "-i", "inventories/local",
@@ -65,6 +79,11 @@ class Site:
     @property
     def _place(self) -> dict:
         return {"cwd": ROOT, "env": {**os.environ, **self.cluster.environment}}
+
+    def drained(self) -> list[str]:
+        """Nodes that take no new jobs."""
+        lines = self.cluster.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
+        return sorted({line.split()[0] for line in lines if "drain" in line.split()[1]})
 
     def jobs(self) -> dict[str, list[str]]:
         """Ids of the jobs that Slurm knows, by ``experiment.phase``."""
@@ -217,3 +236,33 @@ def test_red_gate_stops_the_chain(site):
     for chain in (False, True):  # neither a play in steps nor another chain gets past it
         output = site.play("train_draft", code=2, target=str(site.target), spec_chain=chain, **red)
         assert "The dataset gate is red" in " ".join(output.split())
+
+
+WINDOW = {
+    "experiment": "window-test", "spec_bench_window": True, "spec_prompts": 6, "spec_max_tokens": 24, "spec_warmup": 1,
+    "spec_trials": 1, "spec_candidate": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
+}  # fmt: skip
+
+
+def test_measuring_node_is_drained_and_resumed_whatever_becomes_of_the_play(site):
+    """Real servers are measured in a real job; the play is killed twice in the open window."""
+    settings = {**WINDOW, "target": str(site.target), "spec_prompts_file": str(site.bundle / "data/eval.jsonl")}
+    with site.play_that_is_killed("validate_draft", **settings):
+        (node,) = until(site.drained, "the window opens")
+        assert "spec_decode:window-test: both arms are measured" in site.cluster.run("scontrol", "show", "node", node)
+    assert site.drained() == [node], "a play that is killed cannot resume anything"
+    site.play("teardown", experiment=WINDOW["experiment"])
+    assert site.drained() == []
+
+    with site.play_that_is_killed("validate_draft", **settings):
+        (node,) = until(site.drained, "the window opens")
+        stranger = site.cluster.run("sbatch", "--parsable", "-o", "/dev/null", "-w", node, "--wrap=true").strip()
+        measuring = site.jobs()["window-test.validate"]
+    output = site.play("validate_draft", **settings)
+    assert "Resume what an aborted run drained" in output and site.drained() == []
+    assert site.jobs()["window-test.validate"] == measuring, "the next run goes on with the job that is there"
+    until(lambda: site.state(stranger) == "COMPLETED", "the node takes jobs again")
+    results = site.work / "window-test/spec-decode/results"
+    measured = json.loads((results / "acceptance.json").read_text())
+    assert {trial["arm"] for trial in measured["trials"]} == {"standing", "trained"}
+    assert json.loads((results / "verdict.json").read_text())["decision"] in ("ship", "do_not_ship", "inconclusive")
