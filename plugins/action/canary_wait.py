@@ -11,6 +11,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.inference.spec_decode.plugins.module_utils import runbook
 from ansible_collections.inference.spec_decode.plugins.module_utils.canary_objects import LABEL
 from ansible_collections.inference.spec_decode.plugins.module_utils.canary_state import (
     Look,
@@ -85,7 +86,8 @@ class ActionModule(ActionBase):
                 since = unscheduled.setdefault(look.name, passed) if look.unscheduled else unscheduled.pop(look.name, passed)
                 if look.unscheduled and passed - since > options["schedule_timeout"]:
                     raise AnsibleActionFail(
-                        f"{look.name} was given no node within {options['schedule_timeout']} s: {look.unscheduled}"
+                        f"{look.name} was given no node within {options['schedule_timeout']} s: {look.unscheduled.rstrip('.')}."
+                        f" {runbook.more(runbook.CANARY)}"
                     )
             if all(look.done for look in looks):
                 return {"changed": False, "objects": {look.name: look.line for look in looks}, "waited_s": round(passed, 1)}

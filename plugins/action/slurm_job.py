@@ -13,6 +13,7 @@ from ansible import constants
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
+from ansible_collections.inference.spec_decode.plugins.module_utils import runbook
 from ansible_collections.inference.spec_decode.plugins.module_utils.waiting import Backoff, Board, progress_line, progress_mark
 
 display = Display()
@@ -60,12 +61,13 @@ class ActionModule(ActionBase):
                 result = again
                 continue
             if limit and time.monotonic() - started > limit:
+                hint = f" {runbook.more(runbook.PENDING)}" if job["state"] == "PENDING" else ""
                 return {
                     **result,
                     "failed": True,
                     "changed": changed,
                     "msg": f"Job {job['name']!r} is still {job['state']} after {limit:.0f} s; it goes on. Run the"
-                    " playbook again to wait for it.",
+                    f" playbook again to wait for it.{hint}",
                 }
             time.sleep(pause.next())
             result = self._look(arguments, task_vars)

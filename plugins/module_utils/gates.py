@@ -10,16 +10,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from . import diagnosis, verdict
+from . import diagnosis, runbook, verdict
 from .errors import SpecDecodeError
 from .layers import served_aux_layers
 
 Evidence = dict[str, Any]
 Thresholds = dict[str, Any]
-
-
-#: the page whose sections are named like the gates
-RUNBOOK = "docs/runbook.md"
 
 
 @dataclasses.dataclass
@@ -36,7 +32,7 @@ class GateResult:
         """A red gate as one text for a person."""
         return (
             f"The {gate} gate is red: {'; '.join(self.reasons)}. Likely cause: {self.cause} Next: {self.remedy}"
-            f" More: {RUNBOOK}#{gate}"
+            f" {runbook.more(gate)}"
         )
 
 

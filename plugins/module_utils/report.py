@@ -9,6 +9,8 @@ import json
 import textwrap
 from typing import Any
 
+from . import runbook
+
 Row = dict[str, str]
 
 
@@ -117,8 +119,8 @@ def _sol(ground: dict[str, Any]) -> str:
 def verdict_table(verdict: dict[str, Any]) -> list[str]:
     """The end of a play: the arms, the decision and what comes next, in lines for a terminal."""
     header: Row = {
-        "arm": "arm", "speculation": "speculation", "concurrency": "conc.", "acceptance_length": "accepted",
-        "tpot": "TPOT ms", "speedup": "speed-up", "ttft": "TTFT ms", "throughput": "tokens/s",
+        "arm": "arm", "speculation": "draft", "concurrency": "conc.", "acceptance_length": "accepted",
+        "tpot": "TPOT ms", "speedup": "speed-up", "ttft": "TTFT ms",
     }  # fmt: skip
     rows = [header, *arm_rows(verdict)]
     widths = {key: max(len(row[key]) for row in rows) for key in header}
@@ -134,6 +136,7 @@ def verdict_table(verdict: dict[str, Any]) -> list[str]:
         *(f"  because {reason}" for reason in verdict["reasons"]),
         *([f"  {verdict['diagnosis']}"] if verdict["diagnosis"] else []),
         *(f"  a DRAFT since {reason}" for reason in verdict["tier_reasons"]),
+        *([f"  {runbook.more(runbook.DRAFT_TIER)}"] if verdict["tier_reasons"] else []),
         *(f"next lever: {lever['lever']}: {lever['expected']}" for lever in verdict["next_levers"][:1]),
         f"context: {context_line(verdict['context']['trained'])}",
     ]

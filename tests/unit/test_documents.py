@@ -14,7 +14,7 @@ import xml.etree.ElementTree
 import jsonschema
 import pytest
 import yaml
-from ansible_collections.inference.spec_decode.plugins.module_utils import gates
+from ansible_collections.inference.spec_decode.plugins.module_utils import gates, runbook
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))])
@@ -69,7 +69,7 @@ def test_playbooks_and_settings_that_are_named_exist(page):
 
 
 def test_every_gate_has_its_section_in_the_runbook():
-    assert set(gates.GATES) <= anchors(ROOT / gates.RUNBOOK)
+    assert {*gates.GATES, runbook.PENDING, runbook.CANARY, runbook.DRAFT_TIER} <= anchors(ROOT / runbook.PAGE)
     red = gates.evaluate("training", {"train": {}})
     assert red.message("training").endswith("More: docs/runbook.md#training")
 
@@ -80,7 +80,7 @@ def test_every_gate_has_its_section_in_the_runbook():
      "canary does not schedule", "verdict stays DRAFT"],
 )  # fmt: skip
 def test_runbook_knows_what_goes_wrong_most(symptom):
-    assert [line for line in (ROOT / gates.RUNBOOK).read_text().splitlines() if line.startswith("## ") and symptom in line]
+    assert [line for line in (ROOT / runbook.PAGE).read_text().splitlines() if line.startswith("## ") and symptom in line]
 
 
 def test_page_of_the_bundle_names_every_file():
