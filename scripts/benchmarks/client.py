@@ -32,6 +32,8 @@ import demo
 ROOT = demo.ROOT
 ENGINE = ROOT / ".engine/bin/python"
 TURNS = 4
+#: turns on the real server, whose pace drifts by several per cent on a small machine
+REAL_TURNS = 10
 SPECULATION = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 FLAGS = [
     "--max-model-len=512", "--max-num-seqs=4", "--max-num-batched-tokens=512", "--dtype=bfloat16",
@@ -51,7 +53,7 @@ def measured() -> dict[str, Any]:
             "context": {
                 "machine": platform.processor() or platform.machine(),
                 "cores": os.cpu_count(),
-                "turns_each": TURNS,
+                "turns_each": {"real_server": REAL_TURNS, "stubs": TURNS},
                 "clients": ["dflash_vllm_eval.py", "vllm bench serve"],
             },
             "real_server": on_a_real_server(folder, target),
@@ -86,7 +88,7 @@ def on_a_real_server(folder: pathlib.Path, target: pathlib.Path) -> dict[str, An
     prompts, concurrency, tokens = 16, 1, 120
     path = write_prompts(folder, prompts)
     with real_server(folder, target) as url:
-        turns = take_turns(folder, url, "small", target, path, prompts, tokens, concurrency, warmup=4)
+        turns = take_turns(folder, url, "small", target, path, prompts, tokens, concurrency, warmup=4, turns=REAL_TURNS)
     context = {
         "server": "vLLM", "target": target.name, "speculative_config": SPECULATION, "flags": FLAGS, "prompts": prompts,
         "output_tokens": tokens, "concurrency": concurrency,
@@ -111,7 +113,7 @@ def on_a_stub(
 
 def take_turns(
     folder: pathlib.Path, url: str, model: str, target: pathlib.Path, prompts: pathlib.Path, count: int, tokens: int,
-    concurrency: int, warmup: int,
+    concurrency: int, warmup: int, turns: int = TURNS,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Both clients in ABBA order, so that a drift of the machine touches both alike."""
     clients: dict[str, Callable[[], dict[str, Any]]] = {
@@ -119,7 +121,7 @@ def take_turns(
         "vllm_bench_serve": lambda: theirs(folder, url, model, target, prompts, count, tokens, concurrency, warmup),
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in clients}
-    for turn in range(TURNS):
+    for turn in range(turns):
         for name in list(clients) if turn % 2 == 0 else list(clients)[::-1]:
             found[name].append(clients[name]())
     return found
@@ -128,17 +130,19 @@ def take_turns(
 def side_by_side(turns: dict[str, list[dict[str, Any]]], figures: tuple[str, ...]) -> dict[str, Any]:
     """Each figure of both clients, turn by turn, and how they compare.
 
-    The median of the ratios of turns taken side by side, and the ratio of the best turns: on a machine that others use,
-    the best turn is the one that they disturbed least.
+    The median of the ratios of turns taken side by side, how well the mean of such ratios is known (one standard error),
+    and the ratio of the best turns: on a machine that others use, the best turn is the one that they disturbed least.
     """
     table: dict[str, Any] = {}
     for figure in figures:
         best = min if figure == "tpot_ms" else max
         values = {name: [round(turn[figure], 4) for turn in found] for name, found in turns.items()}
         ours, theirs = values["ours"], values["vllm_bench_serve"]
+        ratios = [one / other for one, other in zip(ours, theirs)]
         table[figure] = {
             **values,
-            "median_ratio": round(statistics.median(one / other for one, other in zip(ours, theirs)), 4),
+            "median_ratio": round(statistics.median(ratios), 4),
+            "standard_error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4),
             "best_ratio": round(best(ours) / best(theirs), 4),
         }
     return table
