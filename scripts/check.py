@@ -76,6 +76,7 @@ def checks(tree: pathlib.Path) -> list[Check]:
         Check("changelog", [str(BIN / "antsibull-changelog"), "lint"]),
         Check("unit tests", [*PYTEST, "-n", "2", "tests/unit"]),
         Check("the loop, for real", [*PYTEST, "tests/integration", "--ignore", SLURM_TESTS], fast=False),
+        Check("faults on a real Slurm", [*PYTEST, SLURM_TESTS], fast=False),
         Check("every target of transformers", [*PYTEST, "tests/targets"], fast=False),
         Check(
             "ansible-test sanity", [sys.executable, str(ROOT / "scripts/ansible_test.py"), "sanity"], False, copied, light=True
@@ -100,8 +101,6 @@ def checks(tree: pathlib.Path) -> list[Check]:
             light=True,
         ),
         Check("the collection installed", [*PYTEST, "tests/collection"], fast=False, light=True),
-        # They wait more than they work.
-        Check("faults on a real Slurm", [*PYTEST, SLURM_TESTS], fast=False, light=True),
     ]
 
 
