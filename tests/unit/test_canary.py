@@ -104,6 +104,23 @@ def test_every_object_carries_the_label_and_the_name():
             assert item["spec"]["template"]["metadata"]["labels"]["experiment"] == "tiny-eagle3"
 
 
+@pytest.mark.parametrize(("kind", "endpoints"), [("PodMonitor", "podMetricsEndpoints"), ("ServiceMonitor", "endpoints")])
+def test_a_monitor_selects_what_its_arm_serves_with(kind, endpoints):
+    objects = made(monitor=kind)
+    for monitor in of(kind, objects):
+        name = monitor["metadata"]["name"]
+        (watched,) = [
+            item["metadata"] if kind == "ServiceMonitor" else item["spec"]["template"]["metadata"]
+            for item in of("Service" if kind == "ServiceMonitor" else "Deployment", objects)
+            if item["metadata"]["name"] == name
+        ]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= watched["labels"].items()
+        (service,) = [item for item in of("Service", objects) if item["metadata"]["name"] == name]
+        (endpoint,) = monitor["spec"][endpoints]
+        assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]] and endpoint["path"] == "/metrics"
+    assert len(of(kind, objects)) == len(ARMS)
+
+
 def test_the_server():
     standing, trained = of("Deployment", made())
     assert (standing["metadata"]["name"], standing["spec"]["replicas"]) == ("tiny-eagle3-standing", 1)
