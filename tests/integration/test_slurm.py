@@ -756,6 +756,19 @@ def test_failure_shows_the_end_of_the_log(site, tmp_path):
     assert "Traceback" not in output
 
 
+def shown_while_broken(process: subprocess.Popen, cut, back) -> str:
+    """All that a waiting play shows; its line is cut once the job gets on, and comes back once the play says that it is lost."""
+    shown = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        shown.append(line)
+        if "step 1200/10000" in line and not any("is lost" in other for other in shown):
+            cut()
+        if "the connection is lost, trying again: " in line:
+            back()
+    return "".join(shown)
+
+
 @fault
 def test_wait_survives_a_lost_connection(site, tmp_path):
     """The line is dead for a while in the middle of the wait; the job and the play go on."""
@@ -767,16 +780,12 @@ def test_wait_survives_a_lost_connection(site, tmp_path):
         playbook(tmp_path, task(spec, poll_interval=1)), "-e", "ansible_connection=flaky",
         ANSIBLE_CONNECTION_PLUGINS=str(ROOT / "tests/slurm/connection"), FLAKY_BROKEN=str(broken),
     )  # fmt: skip
-    shown = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        shown.append(line)
-        if "step 1200/10000" in line and not any("is lost" in other for other in shown):
-            broken.touch()
-        if "the connection is lost, trying again: " in line:
-            broken.unlink(missing_ok=True)
-            tell(spec, "enough")
-    output = "".join(shown)
+
+    def back():
+        broken.unlink(missing_ok=True)
+        tell(spec, "enough")
+
+    output = shown_while_broken(process, broken.touch, back)
     assert process.wait() == 0, output
     assert re.search(r"work RUNNING \d\d:\d\d:\d\d on n1 · step 1200/10000 · acc_0 0.61", output), output
     assert "the connection is lost" in output and "state: COMPLETED" in output and "submitted: true" in output
@@ -819,16 +828,12 @@ def test_wait_over_ssh_survives_a_broken_session(site, login, tmp_path):
     )
     arguments = {key: value for key, value in task(spec, poll_interval=1).items() if key != "script"}
     process = over_ssh(login, tmp_path, {**arguments, "content": script})
-    shown = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        shown.append(line)
-        if "step 1200/10000" in line and not any("is lost" in other for other in shown):
-            login.stop()
-        if "the connection is lost, trying again: " in line:
-            tell(spec, "enough")
-            login.start()
-    output = "".join(shown)
+
+    def back():
+        tell(spec, "enough")
+        login.start()
+
+    output = shown_while_broken(process, login.stop, back)
     assert process.wait() == 0, output
     assert re.search(r"work RUNNING \d\d:\d\d:\d\d on n\d · step 1200/10000 · acc_0 0.61", output), output
     assert "the connection is lost" in output and "state: COMPLETED" in output and "submitted: true" in output

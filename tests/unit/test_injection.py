@@ -161,16 +161,22 @@ def test_options_for_sbatch_are_one_word_each(folder, comment, value):
     assert given_["output"].replace("%%", "%") == spec.log and "%" not in given_["output"].replace("%%", "")
 
 
+def with_variable(place, name, value):
+    """Settings with a variable in one of the environments that a user gives."""
+    found = bundles.settings()
+    if place == "job":
+        found["job"] = {**found["job"], "environment": {name: value}}
+    elif place == "server":
+        found["serving"] = {**found["serving"], "server_environment": {name: value}}
+    else:
+        found["slurm"] = {"environment": {name: value}}
+    return found
+
+
 @pytest.mark.parametrize("name", ["a b", "a\n", "A\n=x", "1", "", "a;id", "a=b", "$(id)", "-x", "é"])
 @pytest.mark.parametrize("place", ["job", "server", "slurm"])
 def test_names_of_variables_cannot_be_quoted_and_are_refused(name, place):
-    given_ = bundles.settings()
-    if place == "job":
-        given_["job"] = {**given_["job"], "environment": {name: "x"}}
-    elif place == "server":
-        given_["serving"] = {**given_["serving"], "server_environment": {name: "x"}}
-    else:
-        given_["slurm"] = {"environment": {name: "x"}}
+    given_ = with_variable(place, name, "x")
     with pytest.raises(SpecDecodeError, match="no name of an environment variable"):
         experiment.compose(bundles.plan(), given_)
 
@@ -217,13 +223,7 @@ def test_texts_that_no_job_could_read(changes, words):
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])
 @pytest.mark.parametrize("place", ["job", "server", "slurm"])
 def test_secrets_are_refused_where_they_would_stand_in_the_bundle(name, place):
-    given_ = bundles.settings()
-    if place == "job":
-        given_["job"] = {**given_["job"], "environment": {name: "hunter2"}}
-    elif place == "server":
-        given_["serving"] = {**given_["serving"], "server_environment": {name: "hunter2"}}
-    else:
-        given_["slurm"] = {"environment": {name: "hunter2"}}
+    given_ = with_variable(place, name, "hunter2")
     with pytest.raises(SpecDecodeError, match=f"{name} in .* looks like a secret") as caught:
         experiment.compose(bundles.plan(), given_)
     assert "hunter2" not in str(caught.value)
