@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import time
 
+from engine_log import error_lines
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import tail
 from spec_decode.progress import Progress
 from spec_decode.vllm_metrics import Access
-
-#: what vLLM writes before the text of a line: which process, and for an error when and where
-PREFIX = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] ?)?")
-EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception): .+")
 
 
 class Server:
@@ -158,19 +154,6 @@ def healthy(url: str, access: Access) -> bool:
 def searchable(path: str) -> str:
     """A PATH without the folders that may not be searched, where vLLM's /server_info would fail."""
     return os.pathsep.join(folder for folder in path.split(os.pathsep) if os.access(folder or ".", os.X_OK))
-
-
-def error_lines(log: str) -> list[str]:
-    """The exceptions that a server's log names, first cause first, without the stacks around them."""
-    found: list[str] = []
-    message = False
-    for line in tail(log, 400):
-        text = PREFIX.sub("", line)
-        # An exception's message may go on in indented lines, as pydantic's do.
-        message = bool(EXCEPTION.match(text)) or (message and text.startswith("  "))
-        if message and text not in found:
-            found.append(text)
-    return found[:6]
 
 
 def refuse_taken_port(port: int) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import convert_dflash_to_vllm as dflash
 import convert_eagle3_to_vllm as eagle3
 import torch
-from draft_conversion import Draft, load_error, write_draft
+from draft_conversion import Draft, load, write_draft
 from spec_decode.files import read_json_object
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".untrained-", dir=os.path.dirname(os.path.abspath(options.result))) as folder:
         place = os.path.join(folder, "draft")
         write_draft(converted.draft, place)
-        error = "" if converted.problems else load_error(options.load_check, place, Progress())
+        loads = not converted.problems and load(options.load_check, place, Progress())
     result.complete(
         {
             "method": options.method,
@@ -60,9 +60,7 @@ def main() -> None:
             "layers_served": converted.layers_served,
             "tensors": sorted(converted.draft.tensors),
             "problems": converted.problems,
-            "loads": not converted.problems and not error,
-            "load_error": error,
-            "load_checked": bool(options.load_check),
+            "loads": loads,
             "parameters": sum(tensor.numel() for tensor in converted.draft.tensors.values()),
         }
     )

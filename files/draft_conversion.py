@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from engine_log import error_lines
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from spec_decode.checkpoint import read_target
@@ -85,9 +86,9 @@ def convert(options: argparse.Namespace, method: str, converter: Converter) -> N
         folder = os.path.join(staging, "draft")
         write_draft(converted.draft, folder)
         sha = sha256_files([os.path.join(folder, name) for name in os.listdir(folder)], folder)[:16]
-        error = "" if converted.problems else load_error(options.load_check, folder, progress)
         place = os.path.join(options.drafts, sha)
-        if not converted.problems and not error and not os.path.isdir(place):
+        loads = not converted.problems and load(options.load_check, folder, progress)
+        if not converted.problems and not os.path.isdir(place):
             os.replace(folder, place)
     served = {
         "method": method,
@@ -106,9 +107,7 @@ def convert(options: argparse.Namespace, method: str, converter: Converter) -> N
                 for name, tensor in sorted(converted.draft.tensors.items())
             ],
             "problems": converted.problems,
-            "loads": not converted.problems and not error,
-            "load_error": error,
-            "load_checked": bool(options.load_check),
+            "loads": loads,
             "checkpoint": checkpoint,
             "parameters": sum(tensor.numel() for tensor in converted.draft.tensors.values()),
         }
@@ -207,17 +206,24 @@ def write_draft(draft: Draft, folder: str) -> None:
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
-def load_error(template: str, folder: str, progress: Progress) -> str:
-    """What the serving engine says when it loads the draft; empty if it loads."""
+def load(template: str, folder: str, progress: Progress) -> bool:
+    """Whether the serving engine loaded the draft; ``False`` only where nothing is to load it.
+
+    A draft that does not load is refused by an error and not told in a result: the cause may be the engine or the
+    machine, which no result depends on, so that the same conversion must be tried again once it is mended.
+    """
     if not template:
-        return ""
+        return False
     progress.update("loading the draft in vLLM")
     command = [folder if part == "{draft}" else part for part in json.loads(template)]
     log = os.path.join(os.path.dirname(folder), "load.log")
     with open(log, "w", encoding="utf-8") as stream:
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    if not code:
-        return ""
-    last = tail(log, 40)
-    print("\n".join(last), flush=True)
-    return " / ".join(last[-3:])
+    if code:
+        last = tail(log, 40)
+        print("\n".join(last), flush=True)
+        raise SpecDecodeError(
+            f"vLLM does not load the draft: {' / '.join(error_lines(log) or last[-3:])}",
+            "Mend what it names, the engine's packages, other programs on the device or the draft config, and run again.",
+        )
+    return True

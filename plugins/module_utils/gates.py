@@ -174,10 +174,8 @@ def artifact(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     """Every tensor as the loader wants it, the layers in the right convention, and vLLM loads it."""
     found = evidence["convert"]
     reasons = list(found["problems"])
-    if not found["load_checked"]:
+    if not found["loads"] and not found["problems"]:
         reasons.append("nothing tried to load the draft")
-    elif not found["loads"] and not found["problems"]:
-        reasons.append(f"vLLM does not load it: {found['load_error']}")
     if found["layers_served"] != served_aux_layers(found["layers_captured"], found["method"]):
         reasons.append(
             f"trained on layers {found['layers_captured']}, but served on {found['layers_served']} in vLLM's convention"

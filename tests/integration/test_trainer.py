@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import derive, features, gates, specforge
@@ -60,11 +61,12 @@ def test_run_configuration_is_one_that_specforge_takes(built, tmp_path, method):
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
-def untrained(built, bundle, tmp_path, method, **changes):
+def untrained(built, bundle, tmp_path, method, load=None, **changes):
+    """The program's answer for a target's draft config with changes, and where its result would be."""
     plan = derive.plan(str(built.target), method, {"draft": {method: {"num_hidden_layers": 2}}} if method == "dflash" else {})
     config = tmp_path / "draft.json"
     config.write_text(json.dumps({**plan["draft_configs"][method], **changes}))
-    load = [
+    load = load or [
         str(ENGINE), str(bundle / "load_draft.py"), "--target-model-path", str(built.target), "--draft", "{draft}",
         "--speculative-config", json.dumps({"method": method, "num_speculative_tokens": 3}),
         "--server-arguments", json.dumps(SERVER),
@@ -74,19 +76,35 @@ def untrained(built, bundle, tmp_path, method, **changes):
         ENGINE, bundle / "check_untrained_draft.py", "--draft-config", config, "--method", method,
         "--aux-layers", ",".join(map(str, plan["values"]["aux_layers"])), "--load-check", json.dumps(load), "--result", result,
     ])  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-3000:]
     assert not list(tmp_path.glob(".untrained-*")), "random weights stay nowhere"
-    return gates.evaluate("artifact", {"convert": json.loads(result.read_text())})
+    return answer, result
 
 
-def test_untrained_draft_loads_before_anything_is_trained(built, bundle, tmp_path):
-    found = untrained(built, bundle, tmp_path, "eagle3")
+def accepted(answer, result):
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    found = gates.evaluate("artifact", {"convert": json.loads(result.read_text())})
     assert found.passed, found.reasons
 
 
+def test_untrained_draft_loads_before_anything_is_trained(built, bundle, tmp_path):
+    accepted(*untrained(built, bundle, tmp_path, "eagle3"))
+
+
 def test_untrained_draft_that_vllm_cannot_build_is_refused_at_minute_one(built, bundle, tmp_path):
-    found = untrained(built, bundle, tmp_path, "eagle3", architectures=["LlamaForCausalLMEagle9"])
-    assert not found.passed and "vLLM does not load it" in found.reasons[0]
+    answer, result = untrained(built, bundle, tmp_path, "eagle3", architectures=["LlamaForCausalLMEagle9"])
+    assert answer.returncode == 2 and not result.exists()
+    assert "error: vLLM does not load the draft: " in answer.stderr and "LlamaForCausalLMEagle9" in answer.stderr
+
+
+def test_draft_that_did_not_load_is_tried_again_once_the_engine_is_mended(built, bundle, tmp_path):
+    missing = tmp_path / "package"
+    engine = f"import pathlib\nif not pathlib.Path({str(missing)!r}).exists(): raise ModuleNotFoundError('No module named x')"
+    load = [sys.executable, "-c", engine, "{draft}"]
+    answer, result = untrained(built, bundle, tmp_path, "eagle3", load)
+    assert answer.returncode == 2 and not result.exists()
+    assert "error: vLLM does not load the draft: ModuleNotFoundError: No module named x" in answer.stderr
+    missing.touch()
+    accepted(*untrained(built, bundle, tmp_path, "eagle3", load))
 
 
 @pytest.fixture(scope="module")

@@ -330,7 +330,7 @@ def test_cheaper_but_less_accepted_than_the_standing_draft():
 def test_layers_shifted_by_one_are_caught_from_the_served_config(served):
     config = {} if served is None else {"eagle_aux_hidden_state_layer_ids": served}
     convert = {
-        **RIGHT_LAYERS, "problems": [], "load_checked": True, "loads": True, "load_error": "", "draft_dir": "/d", "sha": "s",
+        **RIGHT_LAYERS, "problems": [], "loads": True, "draft_dir": "/d", "sha": "s",
         "tensors": [], "parameters": 1,
     }  # fmt: skip
     red = gates.evaluate("artifact", {"convert": convert, "draft_config": config, "capture": {"layers": [1, 7, 12]}})
