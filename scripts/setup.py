@@ -88,12 +88,19 @@ def environment(name: str, folder: pathlib.Path, python: str, requirements: path
     count = sum(1 for line in requirements.read_text().splitlines() if line and not line.startswith("#"))
     say(f"making the {name} environment {folder.name}: {count} packages")
     started = time.monotonic()
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     call([python, "-m", "venv", str(folder)], "make a virtual environment")
     install(folder, requirements)
     stamp.write_text(wanted)
     say(f"{name} environment done ({time.monotonic() - started:.0f} s)")
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Take an old environment away; of one that is linked to from here only the link, since it is another checkout's."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def install_controller(folder: pathlib.Path, requirements: pathlib.Path) -> None:
@@ -177,6 +184,7 @@ def install_engine(folder: pathlib.Path, requirements: pathlib.Path) -> None:
 def cpu_torch(folder: pathlib.Path) -> list[str]:
     """Where the CPU build is to be had: from pip as it is configured here, else from PyTorch's own index."""
     ways = {"pip as it is configured here": [], f"PyTorch's index {PYTORCH_INDEX}": ["--index-url", PYTORCH_INDEX]}
+    refused = []
     for words, options in ways.items():
         found = subprocess.run(
             [str(folder / "bin/pip"), "install", "--quiet", "--dry-run", "--no-deps", "--disable-pip-version-check",
@@ -187,10 +195,17 @@ def cpu_torch(folder: pathlib.Path) -> list[str]:
             say(f"{TORCH} comes from {words}")
             # Its dependencies are on PyPI too; the CPU index carries them as well.
             return options
+        refused.append(f"{words}: {pip_error(found.stderr)}")
     raise SetupError(
-        f"{TORCH} is to be had neither from pip's configured indexes nor from {PYTORCH_INDEX}"
-        f" for {platform.machine()}: {found.stderr.strip().splitlines()[-1:]}. Check the network or pip's configuration."
+        f"{TORCH} for {platform.machine()} is to be had neither from pip's configured indexes nor from PyTorch's."
+        " Check the network or pip's configuration.\n  " + "\n  ".join(refused)
     )
+
+
+def pip_error(text: str) -> str:
+    """The first error that pip names, which is the cause; its last lines only repeat it or name a page."""
+    errors = re.findall(r"^ERROR: (.+)", text, re.MULTILINE)
+    return (errors or text.strip().splitlines() or ["pip says nothing"])[0]
 
 
 def declare_vllm(folder: pathlib.Path) -> None:
