@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from typing import Any
 
@@ -59,30 +60,17 @@ def sessions(arms: list[Object], plan: Object, resident: bool) -> list[Object]:
 
     Arms that fit side by side stay up and take turns trial by trial. Others are restarted whenever the arm changes;
     ABBA order puts two trials of an arm together, so that n pairs take n + 1 starts. Each further K of a sweep is
-    compared with the baseline in pairs of its own, which are numbered as ``measure_arms.py`` numbers them.
+    compared with the baseline in pairs of its own. Order and numbers are those of ``arms.schedule``.
     """
-    trials = plan["trials"]
-    compared = [arm["name"] for arm in arms if not arm["sweep"]]
-    found = _goes(compared, range(1, trials + 1), "compare", resident)
-    first = trials + plan.get("aa_trials", 0) + 1
-    for arm in arms:
-        if arm["sweep"]:
-            found += _goes([compared[0], arm["name"]], range(first, first + trials), "sweep", resident)
-            first += trials
-    return [{"name": f"session-{number}", **go} for number, go in enumerate(found, 1)]
-
-
-def _goes(arms: list[str], pairs: range, purpose: str, resident: bool) -> list[Object]:
-    if resident:
-        return [{"arms": arms, "pairs": list(pairs), "purpose": purpose}]
-    found: list[Object] = []
-    for place, pair in enumerate(pairs):
-        for arm in arms[::-1] if place % 2 else arms:
-            if found and found[-1]["arms"] == [arm]:
-                found[-1]["pairs"].append(pair)
-            else:
-                found.append({"arms": [arm], "pairs": [pair], "purpose": purpose})
-    return found
+    made = {arm["name"]: planned.Arm(arm["name"], arm.get("speculative_config"), sweep=arm["sweep"]) for arm in arms}
+    steps = planned.schedule({**planned.OPTIONAL, **plan, "concurrencies": [1]}, made, resident)
+    # Extra trials of the baseline are taken where its server is up anyway: they make no session.
+    compared = (step for step in steps if step.purpose != "noise")
+    goes = itertools.groupby(compared, lambda step: (step.up, step.purpose))
+    return [
+        {"name": f"session-{place}", "arms": list(up), "pairs": list(dict.fromkeys(step.pair for step in go)), "purpose": purpose}
+        for place, ((up, purpose), go) in enumerate(goes, 1)
+    ]
 
 
 def session_arms(arms: list[Object], session: Object) -> list[Object]:
