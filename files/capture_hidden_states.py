@@ -62,6 +62,10 @@ class Target:
 
     def __init__(self, path: str, layers: list[int]) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            # What is left for the CPU are copies of one conversation each. More threads only wait for each other, and
+            # beside another program that is busy they wait twenty times as long as the copies take.
+            torch.set_num_threads(1)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(self.device).eval()
         self.layers = layers
         text = self.model.config.get_text_config()
