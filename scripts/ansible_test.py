@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HOME = ROOT / ".cache/ansible-test"
@@ -43,8 +45,14 @@ def main() -> None:
     cache.write_text(GET_PIP)
     keep_pip_settings()
     os.environ["HOME"] = str(HOME)
-    arguments = ["ansible-test", command, "--local", "--python", VERSION, "--color", "no", *ARGUMENTS[command], *sys.argv[2:]]
-    os.execvp(arguments[0], arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        # ansible-test starts pytest through a first line with this Python's path, which a blank in it would cut short.
+        environment = pathlib.Path(folder, "environment")
+        environment.symlink_to(sys.prefix)
+        os.environ["PATH"] = os.pathsep.join([str(environment / "bin"), os.environ.get("PATH", os.defpath)])
+        arguments = [command, "--local", "--python", VERSION, "--color", "no", *ARGUMENTS[command], *sys.argv[2:]]
+        program = [str(environment / "bin/python"), str(environment / "bin/ansible-test")]
+        sys.exit(subprocess.run([*program, *arguments], check=False).returncode)
 
 
 def keep_pip_settings() -> None:

@@ -31,7 +31,7 @@ NAME_LIMIT = 52
 CONFIG_MAP_BYTES = 1_000_000
 #: below every pod that names no class, so that anything may take the canary's place and nothing is ever started for it
 PRIORITY = -100
-ENGINE_PROGRAMS = ("arm_servers.py", "dflash_vllm_eval.py", "measure_arms.py", "measure_canary.py")
+ENGINE_PROGRAMS = ("arm_servers.py", "dflash_vllm_eval.py", "engine_log.py", "measure_arms.py", "measure_canary.py")
 STAGING_PROGRAMS = ("stage_files.py",)
 
 

@@ -107,11 +107,15 @@ def write_site(found: Installed) -> None:
 
 
 @pytest.fixture(scope="session")
-def oldest():
-    """The oldest ansible-core that the collection supports, in an environment of its own."""
+def oldest(tmp_path_factory):
+    """The oldest ansible-core that the collection supports, in an environment of its own.
+
+    It runs modules by the path of its Python, unquoted: in a checkout whose path has blanks it cannot live.
+    """
     if sys.version_info[:2] > (3, 12):
         pytest.skip(f"ansible-core {OLDEST} does not know Python {sys.version_info.major}.{sys.version_info.minor}")
-    folder = ROOT / f".cache/ansible-core-{OLDEST}"
+    place = ROOT / ".cache" if " " not in str(ROOT) else tmp_path_factory.mktemp("oldest")
+    folder = place / f"ansible-core-{OLDEST}"
     if not (folder / "complete").exists():
         run(sys.executable, "-m", "venv", "--clear", folder)
         run(folder / "bin/pip", "install", "--quiet", "--no-input", f"ansible-core=={OLDEST}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import pathlib
@@ -464,6 +465,18 @@ def test_a_teardown_is_proved():
         canary_state.check_torn_down(before, before, "e")
     with pytest.raises(SpecDecodeError, match="vanished too: Service o 2"):
         canary_state.check_torn_down(before, canary_state.inventory([], "e"), "e")
+
+
+@pytest.mark.parametrize("programs", [canary_objects.ENGINE_PROGRAMS, canary_objects.STAGING_PROGRAMS])
+def test_pods_get_every_program_that_one_of_theirs_imports(programs):
+    """A node has the whole bundle; a pod only what is named for it."""
+    files = {path.name for path in (ROOT / "files").glob("*.py")}
+    for program in programs:
+        tree = ast.parse((ROOT / "files" / program).read_text())
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        wanted = {f"{name}.py" for name in names} & files
+        assert wanted <= set(programs), program
 
 
 # Measuring
