@@ -933,9 +933,7 @@ def test_one_query_serves_all_jobs_of_a_play(site, tmp_path):
             "-i",
             str(hosts),
             "-e",
-            "ansible_connection=local",
-            "-e",
-            f"ansible_python_interpreter={sys.executable}",
+            json.dumps({"ansible_connection": "local", "ansible_python_interpreter": sys.executable}),
             PATH=f"{shim.parent}:{os.environ['PATH']}",
         )
     )

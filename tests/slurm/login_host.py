@@ -45,6 +45,8 @@ class LoginHost:
             "ansible_ssh_private_key_file": str(folder / "user_key"),
             "ansible_ssh_common_args": f"-F none -o UserKnownHostsFile={folder}/known_hosts -o IdentitiesOnly=yes",
             "ansible_python_interpreter": sys.executable,
+            # A terminal is made by root alone; a user's own server ends every session that asks for one.
+            "ansible_ssh_use_tty": os.geteuid() == 0,
         }
         if os.geteuid() == 0:
             pathlib.Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where sshd leaves its privileges
