@@ -30,9 +30,12 @@ def stub(*options):
             server.terminate()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def urls():
-    """A standing arm with a token every 6 ms, and one that has three a time."""
+    """A standing arm with a token every 6 ms, and one that has three a time.
+
+    New ones for each test: ansible-test runs each in a process of its own, which ends what belongs to that test alone.
+    """
     with stub() as standing, stub("--tokens-a-chunk", "3") as trained:
         yield standing, trained
 
