@@ -23,6 +23,7 @@ import torch
 from engine_log import error_lines
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from spec_decode import runbook
 from spec_decode.checkpoint import read_target
 from spec_decode.checkpoints import is_of_scripts
 from spec_decode.draft_config import width_problem
@@ -224,6 +225,7 @@ def load(template: str, folder: str, progress: Progress) -> bool:
         print("\n".join(last), flush=True)
         raise SpecDecodeError(
             f"vLLM does not load the draft: {' / '.join(error_lines(log) or last[-3:])}",
-            "Mend what it names, the engine's packages, other programs on the device or the draft config, and run again.",
+            "Mend what it names, the engine's packages, other programs on the device or the draft config, and run again."
+            f" {runbook.more('artifact')}",
         )
     return True

@@ -292,6 +292,19 @@ def test_server_that_ends_or_takes_too_long_says_its_last_words(programs, tmp_pa
     assert not slow.up
 
 
+def test_exceptions_are_told_without_the_process_that_met_them(programs, tmp_path):
+    import engine_log
+
+    log = tmp_path / "log"
+    log.write_text(
+        "Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 11-25 07:39:45 [core.py:1] ValueError: of the engine\n"
+        "[rank0]: AssertionError: Error in memory profiling.\n"
+        "[rank0]:[W1125 07:39:45.735345194 Process.cpp:1575] Warning: not an exception\n"
+    )
+    assert engine_log.error_lines(str(log)) == ["ValueError: of the engine", "AssertionError: Error in memory profiling."]
+
+
 class Recorded:
     """A server that only notes what is done to it."""
 
