@@ -14,10 +14,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from .statistics import stands_above
+
 #: the other way to train a head for the same target
 OTHER_METHOD = {"eagle3": "dflash", "dflash": "eagle3"}
 #: how far beyond the longest measured K a prediction is trusted
 FURTHER = 2
+#: what was tried with such an end is not proposed again under the same conditions
+SPENT = ("mixed", "refuted")
 
 
 def acceptance_length(rates: list[float], k: int) -> float:
@@ -104,7 +108,7 @@ def _lever(name: str, lever: str, expected: str, unlock: float, cost: str, gate:
 
 def _draft_length(shape: dict[str, Any], rates: list[float], length: float) -> list[dict[str, Any]]:
     count = len(rates)
-    gate = f"TPOT at that K below that at K = {count}, in every pair by more than the noise floor"
+    gate = f"better than K = {count} beyond the noise at a concurrency that is measured, and worse at none"
     lengths = shape["draft_lengths"]
     if lengths and lengths["best"]:
         best = lengths["best"]
@@ -245,7 +249,7 @@ def training_accuracy(train: dict[str, Any] | None, position: int) -> float | No
 
 
 def settle(previous: dict[str, Any] | None, verdict: dict[str, Any]) -> dict[str, Any]:
-    """The ledger after a verdict: every lever ever named, open, proved or refuted, with the reason.
+    """The ledger after a verdict: every lever ever named, open, proved, mixed or refuted, with the reason.
 
     What an earlier run proposed and this one measured is settled here; what it refuted stays refuted, with the
     conditions that it was refuted under, and is not proposed again while they hold.
@@ -261,7 +265,7 @@ def settle(previous: dict[str, Any] | None, verdict: dict[str, Any]) -> dict[str
         entries[name] = entry
     for lever in verdict["frontier"]:
         known = entries.get(lever["id"])
-        if known and known["status"] == "refuted":
+        if known and known["status"] in SPENT:
             continue
         entries[lever["id"]] = {
             **lever, "status": "open", "reason": "", "measurement": measurement,
@@ -269,7 +273,7 @@ def settle(previous: dict[str, Any] | None, verdict: dict[str, Any]) -> dict[str
         }  # fmt: skip
     for entry in _settled_by_sweep(verdict):
         entries[entry["id"]] = entry
-    order = {"open": 0, "proved": 1, "refuted": 2}
+    order = {"open": 0, "proved": 1, "mixed": 2, "refuted": 3}
     levers = sorted(entries.values(), key=lambda entry: (order[entry["status"]], -entry["unlock"], entry["id"]))
     return {"measurement": measurement, "levers": levers}
 
@@ -317,26 +321,50 @@ def _settled(entry: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each K of this session's sweep is proved or refuted by its own pairs, against the K that was served."""
+    """Each K of this session's sweep against the K that was served, at every concurrency that was measured.
+
+    Proved is a K that is better somewhere and worse nowhere, refuted one that is better nowhere, and mixed the rest:
+    which K is right then depends on the load.
+    """
     found = []
     head = verdict["shapes"][0]
+    count = len(head["arms"]["trained"]["acceptance_per_position"])
     for point in head["sweep"]:
-        better = point["speedup"] > head["speedup_tpot"] * (1 + max(point["noise_floor"], head["noise_floor"]))
-        count = len(head["arms"]["trained"]["acceptance_per_position"])
+        k = point["k"]
+        beside = [(shape, other) for shape in verdict["shapes"] for other in shape["sweep"] if other["k"] == k]
+        directions = [_against_served(shape, other) for shape, other in beside]
+        status = "refuted" if 1 not in directions else "mixed" if -1 in directions else "proved"
+        words = {1: "better", 0: "no difference shown", -1: "worse"}
         found.append(
             {
-                "id": f"k={point['k']}",
-                "lever": f"K = {point['k']} instead of {count}",
+                "id": f"k={k}",
+                "lever": f"K = {k} instead of {count}",
                 "expected": f"speed-up {point['speedup']:.2f} instead of {head['speedup_tpot']:.2f}, measured",
                 "unlock": round(point["speedup"] / head["speedup_tpot"], 3),
-                "cost": f"set num_speculative_tokens={point['k']}",
+                "cost": f"set num_speculative_tokens={k}",
                 "gate": "this run's sweep",
-                "status": "proved" if better else "refuted",
-                "reason": f"speed-up {point['speedup']:.2f} at K = {point['k']}, {head['speedup_tpot']:.2f} at K = {count},"
-                " each against the standing arm beside it",
+                "status": status,
+                "reason": f"K = {k} and {count}, each over the standing arm beside it: "
+                + "; ".join(
+                    f"{words[direction]} at concurrency {shape['concurrency']},"
+                    f" speed-up {other['speedup']:.2f} and {shape['speedup_tpot']:.2f},"
+                    f" TPOT {other['tpot_ms']['median']:.2f} and {shape['arms']['trained']['tpot_ms']['median']:.2f} ms"
+                    for (shape, other), direction in zip(beside, directions)
+                ),
                 "measurement": verdict["measurement"],
-                "holds_for": _conditions(verdict, f"k={point['k']}"),
+                "holds_for": _conditions(verdict, f"k={k}"),
                 "then": _then(verdict),
             }
         )
     return found
+
+
+def _against_served(shape: dict[str, Any], point: dict[str, Any]) -> int:
+    """1 if this K is better than the one served beyond chance, -1 if worse, 0 if nobody can tell.
+
+    The two were measured one after the other. Their speed-ups, each over standing trials of its own, allow for a
+    machine whose pace changed in between, but only as far as it changed alike for both arms. So TPOT must agree.
+    """
+    here, there = point["speedup_pairs"], shape["speedup_pairs"]
+    gain = shape["arms"]["trained"]["tpot_ms"]["median"] - point["tpot_ms"]["median"]
+    return int(gain > 0 and stands_above(here, there)) - int(gain < 0 and stands_above(there, here))

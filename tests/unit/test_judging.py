@@ -279,11 +279,36 @@ def test_judging_the_same_measurement_twice_changes_nothing():
     assert judge(measurement(*WIN), ledger=first["levers"]) == first
 
 
+def lever_of(found, name):
+    return next(x for x in judge(found)["levers"]["levers"] if x["id"] == name)
+
+
 def test_sweep_settles_its_own_levers():
-    found = judge(swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5)))["levers"]["levers"]
-    assert next(x for x in found if x["id"] == "k=5")["status"] == "proved"
-    found = judge(swept(2, [5.0] * 3, [2.9] * 3, (0.9, 0.8)))["levers"]["levers"]
-    assert next(x for x in found if x["id"] == "k=2")["status"] == "refuted"
+    assert lever_of(swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5)), "k=5")["status"] == "proved"
+    assert lever_of(swept(2, [5.0] * 3, [2.9] * 3, (0.9, 0.8)), "k=2")["status"] == "refuted"
+
+
+def test_larger_k_that_loses_under_load_is_mixed_and_not_proposed_again():
+    found = swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5))
+    found["plan"]["concurrencies"] = [1, 8]
+    loaded = swept(5, [6.0] * 3, [4.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5), measurement([6.0, 6.1, 6.2], [3.0, 3.1, 3.0]))
+    found["trials"] += [{**each, "concurrency": 8, "client": {**each["client"], "in_flight": 8}} for each in loaded["trials"]]
+    lever = lever_of(found, "k=5")
+    assert lever["status"] == "mixed"
+    assert "better at concurrency 1, speed-up 2.50 and 2.00" in lever["reason"]
+    assert "worse at concurrency 8, speed-up 1.50 and 2.00" in lever["reason"]
+    settled = judge(found)["levers"]
+    later = judge(measurement(*WIN, rates=(0.9, 0.8, 0.7, 0.6)), ledger=settled)
+    assert "k=5" not in {each["id"] for each in later["next_levers"]}
+
+
+def test_k_whose_tpot_is_no_lower_is_not_proved_by_a_slower_standing_arm():
+    """Recorded on a GPU: the machine's pace changed between the two, for the standing arm more than for speculation."""
+    found = measurement([1.69, 1.89, 2.02, 1.84, 1.88], [0.94, 1.02, 0.91, 0.96, 0.83], rates=(0.9, 0.88, 0.85))
+    found = swept(4, [2.36, 2.48, 2.11, 2.64, 2.21], [1.02, 1.00, 0.94, 1.00, 0.89], (0.9, 0.86, 0.84, 0.82), found)
+    lever = lever_of(found, "k=4")
+    assert (lever["status"], lever["unlock"] > 1.2) == ("refuted", True)
+    assert "no difference shown at concurrency 1, speed-up 2.48 and 1.92" in lever["reason"]
 
 
 # Diagnoses

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pathlib
 
@@ -13,6 +14,8 @@ import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import report, statistics, verdict
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 from ansible_collections.inference.spec_decode.tests.unit.measurements import RIGHT_LAYERS, WIN, judge, measurement, trial
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def test_clear_win_is_a_verdict_to_ship():
@@ -151,6 +154,26 @@ def test_judging_does_not_touch_the_evidence():
     kept = copy.deepcopy(found)
     judge(found)
     assert found == kept
+
+
+def test_one_sample_stands_above_another():
+    assert statistics.stands_above([2.0, 2.1, 2.2], [1.7, 1.8, 1.9])
+    assert not statistics.stands_above([2.0, 2.1, 1.9], [1.7, 1.8, 1.95])
+    assert not statistics.stands_above([9.0, 9.1], [1.0, 1.1]), "two values tell nothing"
+    assert not statistics.stands_above([2.0] * 9, [2.0] * 9), "what is equal is not above"
+
+
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=5), st.lists(st.integers(0, 9), min_size=3, max_size=5))
+def test_rank_sum_is_exact(upper, lower):
+    """Against every way to deal the ranks out, counted one by one."""
+    ranks = range(len(upper) + len(lower))
+    inversions = sum(high <= low for high in upper for low in lower)
+    deals = [
+        sum(high < low for high in chosen for low in ranks if low not in chosen)
+        for chosen in itertools.combinations(ranks, len(upper))
+    ]
+    share = sum(each <= inversions for each in deals) / len(deals)
+    assert statistics.stands_above(upper, lower) == (share <= 0.05)
 
 
 def test_sign_test_and_interval():
