@@ -273,9 +273,20 @@ def settle(previous: dict[str, Any] | None, verdict: dict[str, Any]) -> dict[str
         }  # fmt: skip
     for entry in _settled_by_sweep(verdict):
         entries[entry["id"]] = entry
+    entries = {name: entry for name, entry in entries.items() if not _past_a_worse_k(entry, entries, verdict)}
     order = {"open": 0, "proved": 1, "mixed": 2, "refuted": 3}
     levers = sorted(entries.values(), key=lambda entry: (order[entry["status"]], -entry["unlock"], entry["id"]))
     return {"measurement": measurement, "levers": levers}
+
+
+def _past_a_worse_k(entry: dict[str, Any], entries: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> bool:
+    """Whether an open lever leads further in a direction in which a K was worse already, at some concurrency."""
+    if entry["status"] != "open" or not entry["id"].startswith("k="):
+        return False
+    served = len(verdict["shapes"][0]["arms"]["trained"]["acceptance_per_position"])
+    worse = [other["id"] for other in entries.values() if other.get("worse_at") and other["status"] in SPENT]
+    further = int(entry["id"][2:]) - served
+    return any(0 < (int(name[2:]) - served) / further <= 1 for name in worse if further)
 
 
 def _conditions(verdict: dict[str, Any], lever: str) -> dict[str, Any]:
@@ -344,6 +355,7 @@ def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
                 "cost": f"set num_speculative_tokens={k}",
                 "gate": "this run's sweep",
                 "status": status,
+                "worse_at": [shape["concurrency"] for (shape, _other), direction in zip(beside, directions) if direction < 0],
                 "reason": f"K = {k} and {count}, each over the standing arm beside it: "
                 + "; ".join(
                     f"{words[direction]} at concurrency {shape['concurrency']},"

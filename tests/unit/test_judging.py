@@ -288,11 +288,17 @@ def test_sweep_settles_its_own_levers():
     assert lever_of(swept(2, [5.0] * 3, [2.9] * 3, (0.9, 0.8)), "k=2")["status"] == "refuted"
 
 
-def test_larger_k_that_loses_under_load_is_mixed_and_not_proposed_again():
+def worse_under_load():
+    """K = 5 beside 3: faster at concurrency 1, slower at 8."""
     found = swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5))
     found["plan"]["concurrencies"] = [1, 8]
     loaded = swept(5, [6.0] * 3, [4.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5), measurement([6.0, 6.1, 6.2], [3.0, 3.1, 3.0]))
     found["trials"] += [{**each, "concurrency": 8, "client": {**each["client"], "in_flight": 8}} for each in loaded["trials"]]
+    return found
+
+
+def test_larger_k_that_loses_under_load_is_mixed_and_not_proposed_again():
+    found = worse_under_load()
     lever = lever_of(found, "k=5")
     assert lever["status"] == "mixed"
     assert "better at concurrency 1, speed-up 2.50 and 2.00" in lever["reason"]
@@ -300,6 +306,13 @@ def test_larger_k_that_loses_under_load_is_mixed_and_not_proposed_again():
     settled = judge(found)["levers"]
     later = judge(measurement(*WIN, rates=(0.9, 0.8, 0.7, 0.6)), ledger=settled)
     assert "k=5" not in {each["id"] for each in later["next_levers"]}
+
+
+def test_k_beyond_one_that_is_worse_under_load_is_not_proposed():
+    # The fitted cost of a position favours a K of seven at concurrency 1, while five loses at 8.
+    found = swept(5, [5.0] * 3, [2.0] * 3, (0.9, 0.8, 0.7, 0.6, 0.5))
+    assert "k=7" in {each["id"] for each in judge(found)["next_levers"]}
+    assert not {each["id"] for each in judge(worse_under_load())["next_levers"]} & {"k=5", "k=7"}
 
 
 def test_k_whose_tpot_is_no_lower_is_not_proved_by_a_slower_standing_arm():
