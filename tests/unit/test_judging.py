@@ -121,8 +121,8 @@ def test_sweep_has_its_share_of_the_speed_of_light_and_its_row():
     # Five drafting passes, and 4.5 tokens a step.
     assert point["speed_of_light"]["trained-k5"]["bytes_per_accepted_token"] == pytest.approx((1e10 + 5 * 2e8 + 70 * 5120) / 4.5)
     rows = {row["arm"]: row for row in report.arm_rows(result)}
-    assert list(rows) == ["standing", "trained", "trained-k5"]
-    assert [row["speedup"] for row in rows.values()] == ["–", "2.00", "2.50"]
+    assert list(rows) == ["standing", "trained", "trained-k5", "beside it"]
+    assert [row["speedup"] for row in rows.values()] == ["–", "2.00", "2.50", "–"]
     assert rows["trained-k5"]["sol"] == f"{point['speed_of_light']['trained-k5']['percent']:.1f}" != "–"
     assert rows["trained-k5"]["per_position"] == "0.90 0.80 0.70 0.60 0.50"
 

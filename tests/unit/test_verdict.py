@@ -207,8 +207,9 @@ def test_recorded_win_with_its_arms_exchanged_is_a_loss():
 def test_words_of_a_verdict_read_at_80_columns():
     found = judge(measurement([15.0, 15.1, 15.0], [12.5, 12.6, 12.5], kind="cpu"))
     found["shapes"][0]["sweep"] = [
-        {"arm": "trained-k5", "arms": {"trained-k5": found["arms"]["trained"]}, "speedup": 1.0,
-         "context": {"trained-k5": found["context"]["trained"]}},
+        {"arm": "trained-k5", "k": 5, "speedup": 1.0,
+         "arms": {"standing": found["arms"]["standing"], "trained-k5": found["arms"]["trained"]},
+         "context": {"standing": found["context"]["standing"], "trained-k5": found["context"]["trained"]}},
     ]  # fmt: skip
     lines = report.verdict_table(found)
     assert any(line.startswith("trained-k5") for line in lines)
