@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENGINE, CONTROLLER = str(ROOT / ".engine/bin/python"), str(ROOT / ".venv/bin/python")
 TARGET = "gpu-chat"
 STAGES = ("target", "train", "eagle3", "ngram", "dflash")
 #: prompt lookup as a standing configuration, with as many tokens a step as the trained draft has
@@ -42,8 +44,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     each = commands.add_parser("run", help="build, train and measure")
     each.add_argument("--work", type=pathlib.Path, default=ROOT / ".demo", help="where everything goes")
-    each.add_argument("--engine", default=str(ROOT / ".engine/bin/python"), help="Python with vLLM and SpecForge")
-    each.add_argument("--controller", default=str(ROOT / ".venv/bin/python"), help="Python with ansible-core")
+    each.add_argument("--engine", type=program, default=ENGINE, help="Python with vLLM and SpecForge")
+    each.add_argument("--controller", type=program, default=CONTROLLER, help="Python with ansible-core")
     each.add_argument("--target-args", default="@demo/gpu_target.args", help="arguments for demo/build_target.py")
     each.add_argument("--settings", action="append", default=[], help="further files of settings, or JSON; the last wins")
     each.add_argument("--sweep", type=int, nargs="*", default=[1, 4], help="further values of K for the EAGLE3 draft")
@@ -51,13 +53,30 @@ def main() -> int:
     each = commands.add_parser("evidence", help="copy what a reader needs")
     each.add_argument("--work", type=pathlib.Path, default=ROOT / ".demo")
     each.add_argument("--out", type=pathlib.Path, required=True, help="folder to write, such as docs/evidence/h100-2026-01-31")
-    each.add_argument("--replace", nargs="*", default=[], metavar="FROM=TO", help="further words, such as the engine's folder")
+    each.add_argument(
+        "--replace", type=pair, nargs="*", default=[], metavar="FROM=TO", help="further words, such as the engine's folder"
+    )
     options = parser.parse_args()
     if options.command == "evidence":
-        return evidence(options.work, options.out, dict(pair.split("=", 1) for pair in options.replace))
+        return evidence(options.work, options.out, dict(options.replace))
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"unknown stages {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     return Session(options).run(options.stages or STAGES)
+
+
+def program(text: str) -> str:
+    """A program's path, as it is called; an environment's Python must not be followed to the one that it was made from."""
+    found = shutil.which(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no program that can be started; make setup makes .venv and .engine")
+    return os.path.abspath(found)
+
+
+def pair(text: str) -> tuple[str, str]:
+    before, equals, after = text.partition("=")
+    if not before or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} must say what is replaced by what: /opt/cuda=/opt/engine")
+    return before, after
 
 
 class Session:
@@ -89,9 +108,12 @@ class Session:
         cores = sorted(os.sched_getaffinity(0))
         halves = [cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]]
         with ThreadPoolExecutor() as pool:
+            started = []
             for method, half in zip(("eagle3", "dflash"), halves):
                 command = self._play(f"method={method}", "chat_template=qwen", "spec_stop_phase=train")
-                pool.submit(self._step, f"train-{method}", command, half)
+                started.append(pool.submit(self._step, f"train-{method}", command, half))
+        for each in started:
+            each.result()
 
     def eagle3(self) -> None:
         sweep = json.dumps({"spec_sweep_k": self._options.sweep})
@@ -103,6 +125,12 @@ class Session:
     def ngram(self) -> None:
         """The EAGLE3 draft against prompt lookup, on the prompts that it was not trained on."""
         bundle = self._work / f"{TARGET}-eagle3/spec-decode"
+        if not (bundle / "results/convert.json").is_file():
+            print(
+                f"ngram: there is no converted EAGLE3 draft in {bundle}. Run the stages train and eagle3 first.", file=sys.stderr
+            )
+            self._times.append({"step": "measure-ngram", "seconds": 0.0, "exit": 2})
+            return
         converted = json.loads((bundle / "results/convert.json").read_text())
         plan = json.loads((bundle / "experiment.json").read_text())
         settings = {

@@ -63,7 +63,8 @@ def arm_rows(verdict: dict[str, Any]) -> list[Row]:
     for shape in verdict["shapes"]:
         rows += [_row(shape["concurrency"], name, shape, shape["speedup_tpot"]) for name in shape["arms"]]
         for point in shape["sweep"]:
-            beside, swept = (_row(shape["concurrency"], name, point, point["speedup"]) for name in point["arms"])
+            names = sorted(point["arms"], key=lambda name: name != point["arm"])
+            swept, beside = (_row(shape["concurrency"], name, point, point["speedup"]) for name in names)
             rows += [swept, {**beside, "arm": "beside it"}]
     return rows
 

@@ -36,7 +36,9 @@ def session(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_session.subprocess, "run", run)
 
     def start(*words):
-        monkeypatch.setattr(sys, "argv", ["gpu_session.py", *words])
+        # The two environments need not exist for this.
+        given = ("--engine", sys.executable, "--controller", sys.executable) if words[0] == "run" else ()
+        monkeypatch.setattr(sys, "argv", ["gpu_session.py", words[0], *given, *words[1:]])
         return gpu_session.main()
 
     return gpu_session, start, given
@@ -100,6 +102,27 @@ def test_unknown_stage_is_refused_before_anything_runs(session, tmp_path, capsys
     with pytest.raises(SystemExit):
         start("run", "--work", str(tmp_path), "target", "eagle4")
     assert given == [] and "unknown stages eagle4; there are target, train" in capsys.readouterr().err
+
+
+def test_ngram_without_a_draft_to_measure_says_what_to_run_first(session, tmp_path, capsys):
+    _module, start, given = session
+    assert start("run", "--work", str(tmp_path), "ngram") == 1
+    said = capsys.readouterr().err
+    assert given == [] and "Run the stages train and eagle3 first" in said and "failed: measure-ngram" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("run", "--engine", "/none/python"), "/none/python is no program that can be started"),
+        (("evidence", "--out", "o", "--replace", "/opt/cuda"), "must say what is replaced by what"),
+    ],
+)
+def test_argument_that_cannot_be_used_is_refused(session, capsys, words, reason):
+    _module, start, given = session
+    with pytest.raises(SystemExit):
+        start(*words)
+    assert given == [] and reason in capsys.readouterr().err
 
 
 def test_evidence_says_nothing_of_the_machine_and_leaves_single_requests_out(session, tmp_path):
