@@ -25,7 +25,19 @@ from typing import Any
 import dflash_vllm_eval as client
 from arm_servers import Fleet, RunningServer, Server, free_port
 from spec_decode import dcgm, resolved
-from spec_decode.arms import Arm, Step, arms, complete, key_of, most_prompts, prompts_wanted, remaining, resident, schedule
+from spec_decode.arms import (
+    Arm,
+    Step,
+    arms,
+    complete,
+    key_of,
+    most_prompts,
+    prompts_wanted,
+    remaining,
+    resident,
+    schedule,
+    warming,
+)
 from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
 from spec_decode.hardware import describe_hardware
 from spec_decode.program import PhaseResult, run
@@ -148,7 +160,8 @@ class Session:
         if (step.arm, step.concurrency) in self._warm:
             return
         self._progress.update(f"warming the {step.arm} arm up at concurrency {step.concurrency}")
-        load = dataclasses.replace(self._load, prompts=self._load.prompts[: self._plan["warmup"]], concurrency=step.concurrency)
+        prompts = self._load.prompts[: warming(self._plan, step.concurrency)]
+        load = dataclasses.replace(self._load, prompts=prompts, concurrency=step.concurrency)
         client.run_loop(client.drive(self._fleet.servers[step.arm].url, load, self._access))
         self._warm.add((step.arm, step.concurrency))
 

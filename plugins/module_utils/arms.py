@@ -27,7 +27,7 @@ REQUIRED = ("model", "target", "prompts", "max_tokens", "temperature", "seed", "
 MEMORY_SHARE, MOST_MEMORY = 0.9, 0.95
 MEMORY_FLAG = re.compile(r"^--gpu[-_]memory[-_]utilization(?:=(.*))?$")
 #: prompts for each request in flight that keep a trial's end, where the slots run empty, short beside the whole
-PROMPTS_A_SLOT = 5
+PROMPTS_PER_SLOT = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
 
 
@@ -92,6 +92,8 @@ def complete(plan: dict[str, Any]) -> dict[str, Any]:
         )
     if whole["trials"] < 1 or not whole["concurrencies"] or min(whole["concurrencies"]) < 1 or whole["max_tokens"] < 2:
         raise SpecDecodeError("Measuring needs at least one trial, one request in flight and two tokens an answer.")
+    if per_slot(whole) < 1:
+        raise SpecDecodeError("A trial needs at least one prompt for each request in flight.", "Mend prompts.per_slot.")
     if whole["resident"] not in ("auto", True, False):
         raise SpecDecodeError(f"The plan's resident is {whole['resident']!r}, but must be auto, true or false.")
     return whole
@@ -99,7 +101,17 @@ def complete(plan: dict[str, Any]) -> dict[str, Any]:
 
 def prompts_wanted(plan: dict[str, Any], concurrency: int) -> int:
     """How many prompts a trial takes, where there are that many: as the plan says, or more to keep all slots busy."""
-    return int(max(plan["prompts"]["count"], PROMPTS_A_SLOT * concurrency))
+    return int(max(plan["prompts"]["count"], per_slot(plan) * concurrency))
+
+
+def per_slot(plan: dict[str, Any]) -> int:
+    """How many prompts a trial takes at least for each request in flight."""
+    return int(plan["prompts"].get("per_slot", PROMPTS_PER_SLOT))
+
+
+def warming(plan: dict[str, Any], concurrency: int) -> int:
+    """How many prompts warm a server up: as the plan says, or as many as are in flight, lest it meet so many the first time."""
+    return int(max(plan["warmup"], concurrency)) if plan["warmup"] else 0
 
 
 def most_prompts(plan: dict[str, Any]) -> int:

@@ -142,10 +142,10 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_serving(serving: dict[str, Any]) -> None:
-    if serving["trials"] < 1 or serving["prompts"] < 1 or not serving["concurrencies"]:
+    if min(serving["trials"], serving["prompts"], serving["prompts_per_slot"]) < 1 or not serving["concurrencies"]:
         raise SpecDecodeError(
-            "Measuring needs at least one trial, one prompt and one concurrency.",
-            "Mend spec_trials, spec_prompts or spec_concurrencies.",
+            "Measuring needs at least one trial, one prompt, also for each request in flight, and one concurrency.",
+            "Mend spec_trials, spec_prompts, spec_prompts_per_slot or spec_concurrencies.",
         )
     if serving["aa_trials"] < 0 or any(tokens < 1 for tokens in serving["sweep_k"]):
         raise SpecDecodeError(
@@ -161,7 +161,7 @@ def arms_plan(experiment: dict[str, Any], prompts: str, seed: int, tested: dict[
     return {
         "model": experiment["slug"],
         "target": experiment["target"],
-        "prompts": {"path": prompts, "count": serving["prompts"]},
+        "prompts": {"path": prompts, "count": serving["prompts"], "per_slot": serving["prompts_per_slot"]},
         "max_tokens": serving["max_tokens"],
         "temperature": serving["temperature"],
         "seed": seed,

@@ -18,7 +18,10 @@ KINDS: dict[tuple[str, ...], str] = {
     **{("dataset", name): WHOLE for name in ("train", "eval", "max_length", "seed", "regenerate_batch_size", "max_new_tokens")},
     ("dataset", "regenerate"): FLAG,
     ("dataset", "max_dropped_fraction"): REAL,
-    **{("serving", name): WHOLE for name in ("prompts", "max_tokens", "trials", "aa_trials", "warmup", "startup_timeout_s")},
+    **{
+        ("serving", name): WHOLE
+        for name in ("prompts", "prompts_per_slot", "max_tokens", "trials", "aa_trials", "warmup", "startup_timeout_s")
+    },
     ("serving", "temperature"): REAL,
 }
 

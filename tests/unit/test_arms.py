@@ -48,6 +48,24 @@ def test_extra_trials_of_the_baseline_stand_beside_its_own():
     ]  # fmt: skip
 
 
+def test_trial_has_prompts_enough_to_keep_its_slots_busy():
+    assert [arms.prompts_wanted(plan(prompts={"path": "p", "count": 16}), requests) for requests in (1, 3, 4, 32)] == [
+        16,
+        16,
+        20,
+        160,
+    ]
+    longer = plan(prompts={"path": "p", "count": 16, "per_slot": 10}, concurrencies=[1, 8])
+    assert arms.prompts_wanted(longer, 8) == arms.most_prompts(longer) == 80
+    with pytest.raises(SpecDecodeError, match="at least one prompt for each request in flight. Mend prompts.per_slot"):
+        plan(prompts={"path": "p", "count": 16, "per_slot": 0})
+
+
+def test_server_is_warmed_up_with_as_many_requests_as_it_will_serve():
+    assert [arms.warming(plan(warmup=8), requests) for requests in (1, 8, 32)] == [8, 8, 32]
+    assert arms.warming(plan(warmup=0), 32) == 0
+
+
 def test_servers_that_do_not_fit_together_change_once_a_pair():
     steps = taken(stay=False, aa_trials=2, concurrencies=[1, 4])
     starts = [step.arm for before, step in zip([None, *steps], steps) if before is None or before.up != step.up]

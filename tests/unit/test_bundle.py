@@ -59,6 +59,7 @@ def settings(work="/work", **changes):
         "capture_batch_tokens": 512, "train_steps": 100, "training": {"batch_size": 4},
         "serving": {
             "server_arguments": ["--enforce-eager"], "server_environment": {"A": "1"}, "standing_config": {}, "prompts": 2,
+            "prompts_per_slot": 5,
             "max_tokens": 8, "temperature": 0.0, "trials": 3, "warmup": 1, "concurrencies": [1], "ports": [0, 0],
             "aa_trials": 2, "sweep_k": [2, 5], "resident": "auto", "device_metrics": "",
             "startup_timeout_s": 60,

@@ -19,7 +19,8 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.errors impor
 TEMPLATES = pathlib.Path(__file__).resolve().parent.parent.parent / "templates"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 SERVING = {
-    "server_arguments": [], "server_environment": {"A": 1}, "standing_config": {}, "prompts": 2, "max_tokens": 8,
+    "server_arguments": [], "server_environment": {"A": 1}, "standing_config": {}, "prompts": 2, "prompts_per_slot": 5,
+    "max_tokens": 8,
     "temperature": 0.0, "trials": 3, "aa_trials": 0, "warmup": 1, "concurrencies": [1], "sweep_k": [], "resident": "auto",
     "device_metrics": "",
     "ports": [0, 0], "startup_timeout_s": 60,
