@@ -42,8 +42,9 @@ FLAGS = [
     "--max-model-len=512", "--max-num-seqs=4", "--max-num-batched-tokens=512", "--dtype=bfloat16", "--no-enable-prefix-caching",
     "--enforce-eager", "--gpu-memory-utilization=0.2",
 ]  # fmt: skip
-#: matches any repeated token and drafts far on: almost all of it is verified for nothing
-NGRAM = {"method": "ngram", "num_speculative_tokens": 40, "prompt_lookup_max": 1, "prompt_lookup_min": 1}
+#: matches any repeated token and drafts far on: almost all of it is verified for nothing, of a long prompt so much that a
+#: busy machine's noise cannot hide the loss
+NGRAM = {"method": "ngram", "num_speculative_tokens": 120, "prompt_lookup_max": 1, "prompt_lookup_min": 1}
 
 
 def play(playbook, check=True, **settings):
@@ -167,8 +168,12 @@ def test_layers_shifted_by_one_are_caught_without_measuring(bundle_of_draft, tmp
 @pytest.fixture(scope="module")
 def lookup(built, bundle_of_draft):
     """Prompt lookup by the public playbook, at two concurrencies and with a further K: its bundle, and what was printed."""
+    rows = [json.loads(line) for line in (bundle_of_draft / "data/eval.jsonl").read_text().splitlines()]
+    said = " ".join(turn["content"] for row in rows for turn in row["conversations"])
+    long = [{"conversations": [{"role": "user", "content": said[30 * row : 30 * row + 700]}]} for row in range(12)]
+    (built.work / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in long))
     settings = {
-        "experiment": "lookup", "spec_candidate": NGRAM, "spec_prompts_file": str(bundle_of_draft / "data/eval.jsonl"),
+        "experiment": "lookup", "spec_candidate": NGRAM, "spec_prompts_file": str(built.work / "long.jsonl"),
         "spec_concurrencies": [1, 2], "spec_sweep_k": [2], "spec_aa_trials": 0,
         "spec_sol_ceiling": {"key": "test", "memory_bandwidth_bytes_per_s": 1e10, "source": "made up"},
     }  # fmt: skip
@@ -206,4 +211,4 @@ def test_every_k_at_every_concurrency_has_its_own_shape(lookup):
         assert report.count("ngram K=2") == 2 and report.count("standing beside trained-k2") == 2
     assert output.count("ngram K=2") == 2
     (settled,) = [lever for lever in verdict["levers"]["levers"] if lever["id"] == "k=2"]
-    assert settled["status"] in ("proved", "refuted") and settled["gate"] == "this run's sweep"
+    assert settled["status"] in ("proved", "mixed", "refuted") and settled["gate"] == "this run's sweep"
