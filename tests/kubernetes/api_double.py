@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import kubernetes_schemas as schemas
@@ -90,9 +91,13 @@ def now() -> str:
 class Store:
     """All objects, with what the API server itself does to them: identities, versions, defaults, deletion."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: Callable[[], str]) -> None:
+        """``address`` returns a free one of the cluster's network for each new Service."""
         self.lock = threading.RLock()
         self.objects: dict[Key, Object] = {}
+        #: why the cluster behind the API does nothing any more; every request is answered with it
+        self.failure = ""
+        self._address = address
         self._version = 0
 
     def select(self, plural: str, namespace: str = "", labels: str = "", fields: str = "") -> list[Object]:
@@ -215,7 +220,8 @@ class Store:
         if plural == "services":
             spec.setdefault("type", "ClusterIP")
             spec.setdefault("sessionAffinity", "None")
-            spec.setdefault("clusterIP", f"127.77.{self._version // 250 % 250}.{self._version % 250 + 1}")
+            if "clusterIP" not in spec:
+                spec["clusterIP"] = self._address()
             for port in spec.get("ports", []):
                 port.setdefault("protocol", "TCP")
                 port.setdefault("targetPort", port["port"])
@@ -335,6 +341,8 @@ class ApiDouble:
         if fault:
             fault.times -= 1
         try:
+            if self.store.failure:
+                raise Refused(500, "InternalError", f"the cluster's double has failed: {self.store.failure}")
             if fault and fault.code:
                 raise Refused(fault.code, "InternalError", "the double was told to fail")
             if fault and not fault.done:

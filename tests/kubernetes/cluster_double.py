@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils.canary_placement import quantity, requests
 from api_double import ApiDouble, Refused, Store, now
+from network_double import Network
 from runtime_double import Process, Proxy
 
 Object = dict[str, Any]
@@ -43,13 +44,13 @@ class Cluster:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        self.store = Store()
+        self._network = Network()
+        self.store = Store(self._network.address)
         self.images: dict[str, Image] = {}
         self.claims: dict[str, pathlib.Path] = {}
         self._started: dict[str, float] = {}
         self._processes: dict[str, Process] = {}
         self._proxies: dict[str, Proxy] = {}
-        self._ips = iter(f"127.88.{n // 250}.{n % 250 + 1}" for n in range(60000))
         self.api = ApiDouble(self.store, self._log)
         for name in ("default", "lab"):
             self.store.create("namespaces", "", {"metadata": {"name": name}})
@@ -65,6 +66,7 @@ class Cluster:
         for proxy in self._proxies.values():
             proxy.close()
         self.api.close()
+        self._network.close()
 
     # What a test does
 
@@ -138,17 +140,25 @@ class Cluster:
     # What the cluster does
 
     def _run(self) -> None:
-        while not self._stop.wait(0.05):
-            with self.store.lock:
-                for deployment in self.store.select("deployments"):
-                    self._deployment(deployment)
-                for replica_set in self.store.select("replicasets"):
-                    self._replica_set(replica_set)
-                for job in self.store.select("jobs"):
-                    self._job(job)
-                for pod in self.store.select("pods"):
-                    self._pod(pod)
-                self._services()
+        try:
+            while not self._stop.wait(0.05):
+                self._turn()
+        except Exception as error:
+            # Without this a play would wait its whole time limit for a cluster that does nothing any more.
+            self.store.failure = repr(error)
+            raise
+
+    def _turn(self) -> None:
+        with self.store.lock:
+            for deployment in self.store.select("deployments"):
+                self._deployment(deployment)
+            for replica_set in self.store.select("replicasets"):
+                self._replica_set(replica_set)
+            for job in self.store.select("jobs"):
+                self._job(job)
+            for pod in self.store.select("pods"):
+                self._pod(pod)
+            self._services()
 
     def _owned(self, plural: str, owner: Object) -> list[Object]:
         uid = owner["metadata"]["uid"]
@@ -287,7 +297,7 @@ class Cluster:
             return self._set(pod, base, [scheduled, {"type": "Ready", "status": "False"}], waiting, False)
         if uid not in self._started:
             self._started[uid] = time.monotonic()
-            base.setdefault("podIP", next(self._ips))
+            base.setdefault("podIP", self._network.address())
             if image.process:
                 self._processes[uid] = image.process(self, {**pod, "status": base})
         code = self._exit_code(pod, image)

@@ -12,7 +12,7 @@ import urllib.request
 import kubernetes_schemas as schemas
 import pytest
 from api_double import Fault, Refused, merge, wait_until
-from cluster_double import Image
+from cluster_double import Cluster, Image
 
 DEPLOYMENT = {
     "metadata": {"name": "web", "labels": {"experiment": "e"}},
@@ -111,6 +111,40 @@ def test_unknown_fields_and_changed_selectors_are_refused(cluster):
             change = {"spec": {"selector": {"matchLabels": {"app": None, "experiment": "e"}},
                                "template": {"metadata": {"labels": {"experiment": "e"}}}}}  # fmt: skip
             cluster.store.patch("deployments", "lab", "web", change, strategic=True)
+
+
+def test_clusters_beside_each_other_share_no_address(cluster, tmp_path):
+    other = Cluster(tmp_path)
+    networks = [network(each) for each in (cluster, other)]
+    other.close()
+    assert networks[0] != networks[1]
+
+
+def network(cluster):
+    """What the addresses of a Service and of a pod have in common."""
+    cluster.add_node("a")
+    cluster.add_pod("web", "a")
+    with cluster.store.lock:
+        service = cluster.store.create("services", "lab", {"metadata": {"name": "web"}, "spec": {"ports": [{"port": 80}]}})
+    wait_until(lambda: cluster.pods()[0].get("status", {}).get("podIP"), 10, "the pod has an address")
+    found = {service["spec"]["clusterIP"], cluster.pods()[0]["status"]["podIP"]}
+    assert len(found) == 2
+    (shared,) = {address.rsplit(".", 2)[0] for address in found}
+    return shared
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_cluster_that_failed_says_so_to_whoever_asks(cluster):
+    def start(_cluster, _pod):
+        raise OSError("no room for another process")
+
+    cluster.images["web"] = Image(process=start)
+    cluster.add_node("a")
+    cluster.add_pod("web", "a", image="web")
+    wait_until(lambda: cluster.store.failure, 10, "the failure is noticed")
+    with pytest.raises(urllib.error.HTTPError, match="500") as refused:
+        ask(cluster, "/api/v1/namespaces/lab/pods")
+    assert "no room for another process" in json.load(refused.value)["message"]
 
 
 def test_patches():
