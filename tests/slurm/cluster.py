@@ -40,6 +40,8 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "slurmdbd", "mariadb
 UNPACKED = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "slurm-wlm-mysql-plugin")
 #: what makes unpacked programs find their libraries
 PATCHER = "patchelf"
+#: see invoke-rc.d(8)
+SERVICE_POLICY = pathlib.Path("/usr/sbin/policy-rc.d")
 COMMANDS = ("sacct", "sacctmgr", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 CPUS, MEMORY_MB, GPUS = 16, 16000, 8
 START_LIMIT_S = 60.0
@@ -191,14 +193,13 @@ class Cluster:
         if (self.folder / "bin").is_dir():
             return
         wanted = ["slurmctld", "slurmd", "sbatch", *(() if self.rootless else ("munged", "slurmdbd", "mariadbd"))]
-        installed = all(_which(name) for name in wanted)
+        installed = all(which(name) for name in wanted)
         if installed and not self.settings.apt_source:
             return
         if not shutil.which("apt-get"):
             raise CannotRun(f"Slurm ({', '.join(wanted)}) is not installed, and there is no apt-get to get it with")
         if not self.rootless and not installed:
-            _call(["apt-get", "update", "-qq"])
-            _call(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], DEBIAN_FRONTEND="noninteractive")
+            install(*PACKAGES)
         if self.rootless or self.settings.apt_source:
             self._unpack()
 
@@ -248,7 +249,7 @@ class Cluster:
 
     def _program(self, name: str) -> str:
         unpacked = self.folder / "bin" / name
-        return str(unpacked) if unpacked.exists() else str(_which(name))
+        return str(unpacked) if unpacked.exists() else str(which(name))
 
     # the configuration
 
@@ -447,7 +448,34 @@ class Cluster:
         return len({line.split()[0] for line in lines if line.split()[1] in ("idle", "mix", "alloc")})
 
 
-def _which(name: str) -> str | None:
+def install(*packages: str) -> None:
+    """Install packages on this machine, as root; none of their services is started.
+
+    Raises ``CannotRun``: there is no ``apt-get``, or it failed.
+    """
+    if not shutil.which("apt-get"):
+        raise CannotRun(f"there is no apt-get to install {', '.join(packages)} with")
+    with _no_service_starts():
+        _call(["apt-get", "update", "-qq"])
+        _call(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], DEBIAN_FRONTEND="noninteractive")
+
+
+@contextlib.contextmanager
+def _no_service_starts():
+    """A package's scripts ask this file whether they may start something; where a machine has its own, that one decides."""
+    own = not SERVICE_POLICY.exists()
+    if own:
+        SERVICE_POLICY.write_text("#!/bin/sh\nexit 101\n")
+        SERVICE_POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        if own:
+            SERVICE_POLICY.unlink()
+
+
+def which(name: str) -> str | None:
+    """A program, also where only root's path leads."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 

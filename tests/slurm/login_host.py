@@ -9,13 +9,14 @@ import contextlib
 import getpass
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from typing import Any
+
+from cluster import CannotRun, install, which
 
 START_LIMIT_S = 20.0
 
@@ -28,10 +29,7 @@ class LoginHost:
     """The machine itself, reached by SSH; ``environment`` is what its sessions find set, as a site's profile does it."""
 
     def __init__(self, folder: pathlib.Path, environment: dict[str, str]) -> None:
-        program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if program is None:
-            raise NoServer("there is no sshd; install openssh-server")
-        self._program, self._folder = program, folder
+        self._program, self._folder = _program(), folder
         self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -110,3 +108,17 @@ SetEnv {variables}
                 if name.startswith("sshd") and int(fields.split()[1]) == parent:
                     found += [int(pid), *self._sessions(int(pid))]
         return found
+
+
+def _program() -> str:
+    """The server's path. Root has it installed where it is missing, as with Slurm; anybody else is told."""
+    found = which("sshd")
+    if found is None and os.geteuid() == 0:
+        try:
+            install("openssh-server")
+        except CannotRun as error:
+            raise NoServer(f"there is no sshd: {error}") from None
+        found = which("sshd")
+    if found is None:
+        raise NoServer("there is no sshd; install openssh-server")
+    return found
