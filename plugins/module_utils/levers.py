@@ -12,6 +12,7 @@ two or more measured ones do.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from .statistics import stands_above
@@ -273,20 +274,21 @@ def settle(previous: dict[str, Any] | None, verdict: dict[str, Any]) -> dict[str
         }  # fmt: skip
     for entry in _settled_by_sweep(verdict):
         entries[entry["id"]] = entry
-    entries = {name: entry for name, entry in entries.items() if not _past_a_worse_k(entry, entries, verdict)}
+    kept = [entry for entry in entries.values() if not _past_a_worse_k(entry, entries.values())]
     order = {"open": 0, "proved": 1, "mixed": 2, "refuted": 3}
-    levers = sorted(entries.values(), key=lambda entry: (order[entry["status"]], -entry["unlock"], entry["id"]))
+    levers = sorted(kept, key=lambda entry: (order[entry["status"]], -entry["unlock"], entry["id"]))
     return {"measurement": measurement, "levers": levers}
 
 
-def _past_a_worse_k(entry: dict[str, Any], entries: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> bool:
-    """Whether an open lever leads further in a direction in which a K was worse already, at some concurrency."""
+def _past_a_worse_k(entry: dict[str, Any], entries: Iterable[dict[str, Any]]) -> bool:
+    """Whether an open lever leads to a K beyond one that was worse already, at some concurrency, than where it came from."""
     if entry["status"] != "open" or not entry["id"].startswith("k="):
         return False
-    served = len(verdict["shapes"][0]["arms"]["trained"]["acceptance_per_position"])
-    worse = [other["id"] for other in entries.values() if other.get("worse_at") and other["status"] in SPENT]
-    further = int(entry["id"][2:]) - served
-    return any(0 < (int(name[2:]) - served) / further <= 1 for name in worse if further)
+    k = int(entry["id"][2:])
+    worse = [
+        (int(other["id"][2:]), other["then"]["k"]) for other in entries if other["status"] in SPENT and other.get("worse_at")
+    ]  # fmt: skip
+    return any(k != start and 0 < (reached - start) / (k - start) <= 1 for reached, start in worse)
 
 
 def _conditions(verdict: dict[str, Any], lever: str) -> dict[str, Any]:
@@ -296,56 +298,69 @@ def _conditions(verdict: dict[str, Any], lever: str) -> dict[str, Any]:
 
 
 def _then(verdict: dict[str, Any]) -> dict[str, Any]:
-    head = verdict["shapes"][0]
-    trained = head["arms"]["trained"]
+    """What a later run compares itself with."""
+    trained = verdict["shapes"][0]["arms"]["trained"]
     return {
         "k": len(trained["acceptance_per_position"]),
         "acceptance_length": trained["acceptance_length"],
-        "speedup": head["speedup_tpot"],
-        "concurrencies": [shape["concurrency"] for shape in verdict["shapes"]],
+        "served": [_served(shape) for shape in verdict["shapes"]],
         "draft_sha": verdict["expiry"]["holds_for"]["draft_sha"],
     }
+
+
+def _served(shape: dict[str, Any]) -> dict[str, Any]:
+    """The draft's own K at one concurrency, over the standing arm beside it."""
+    return {
+        "concurrency": shape["concurrency"], "speedup": shape["speedup_tpot"], "speedup_pairs": shape["speedup_pairs"],
+        "tpot_ms": shape["arms"]["trained"]["tpot_ms"]["median"],
+    }  # fmt: skip
+
+
+def _swept(shape: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+    """A further K at one concurrency, likewise."""
+    return {
+        "concurrency": shape["concurrency"], "speedup": point["speedup"], "speedup_pairs": point["speedup_pairs"],
+        "tpot_ms": point["tpot_ms"]["median"],
+    }  # fmt: skip
 
 
 def _settled(entry: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
     """An open lever of an earlier run, judged by this one where this one is its test."""
     now, then, name = _then(verdict), entry["then"], entry["id"]
-    floor = 1 + verdict["shapes"][0]["noise_floor"]
     tested = re.fullmatch(r"(k|concurrency)=(\d+)", name)
     if tested and tested[1] == "k" and now["k"] == int(tested[2]) and now["draft_sha"] == then["draft_sha"]:
-        gain, words = (
-            now["speedup"] / then["speedup"],
-            f"speed-up {now['speedup']:.2f} at K = {now['k']}, {then['speedup']:.2f} before",
-        )
-    elif tested and tested[1] == "concurrency" and int(tested[2]) in now["concurrencies"]:
-        shape = next(shape for shape in verdict["shapes"] if shape["concurrency"] == int(tested[2]))
-        gain = floor * 2 if shape["decision"] == "ship" else 0.0
-        words = f"{shape['decision'].replace('_', ' ')} at concurrency {tested[2]}, speed-up {shape['speedup_tpot']:.2f}"
+        before = {point["concurrency"]: point for point in then.get("served", [])}
+        beside = [(point, before[point["concurrency"]]) for point in now["served"] if point["concurrency"] in before]
+        if not beside:
+            return entry  # no load was measured with both
+        found = _compared(f"K = {now['k']} now and {then['k']} before", beside)
+    elif tested and (shape := next((s for s in verdict["shapes"] if s["concurrency"] == int(tested[2])), None)):
+        found = {
+            "status": "proved" if shape["decision"] == "ship" else "refuted",
+            "reason": f"{shape['decision'].replace('_', ' ')} at concurrency {tested[2]}, speed-up {shape['speedup_tpot']:.2f}",
+        }
     elif name == "data" and now["draft_sha"] != then["draft_sha"] and now["k"] == then["k"]:
         gain = now["acceptance_length"] / then["acceptance_length"]
-        words = f"acceptance length {now['acceptance_length']:.2f} after training anew, {then['acceptance_length']:.2f} before"
+        found = {
+            "status": "proved" if gain > 1 + verdict["shapes"][0]["noise_floor"] else "refuted",
+            "reason": f"acceptance length {now['acceptance_length']:.2f} after training anew,"
+            f" {then['acceptance_length']:.2f} before",
+        }
     else:
         return entry
-    status = "proved" if gain > floor else "refuted"
-    return {**entry, "status": status, "reason": words, "measurement": verdict["measurement"],
-            "holds_for": _conditions(verdict, name)}  # fmt: skip
+    return {**entry, **found, "measurement": verdict["measurement"], "holds_for": _conditions(verdict, name)}
 
 
 def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each K of this session's sweep against the K that was served, at every concurrency that was measured.
-
-    Proved is a K that is better somewhere and worse nowhere, refuted one that is better nowhere, and mixed the rest:
-    which K is right then depends on the load.
-    """
+    """Each K of this session's sweep against the K that was served."""
     found = []
     head = verdict["shapes"][0]
     count = len(head["arms"]["trained"]["acceptance_per_position"])
     for point in head["sweep"]:
         k = point["k"]
-        beside = [(shape, other) for shape in verdict["shapes"] for other in shape["sweep"] if other["k"] == k]
-        directions = [_against_served(shape, other) for shape, other in beside]
-        status = "refuted" if 1 not in directions else "mixed" if -1 in directions else "proved"
-        words = {1: "better", 0: "no difference shown", -1: "worse"}
+        beside = [
+            (_swept(shape, other), _served(shape)) for shape in verdict["shapes"] for other in shape["sweep"] if other["k"] == k
+        ]  # fmt: skip
         found.append(
             {
                 "id": f"k={k}",
@@ -354,15 +369,7 @@ def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
                 "unlock": round(point["speedup"] / head["speedup_tpot"], 3),
                 "cost": f"set num_speculative_tokens={k}",
                 "gate": "this run's sweep",
-                "status": status,
-                "worse_at": [shape["concurrency"] for (shape, _other), direction in zip(beside, directions) if direction < 0],
-                "reason": f"K = {k} and {count}, each over the standing arm beside it: "
-                + "; ".join(
-                    f"{words[direction]} at concurrency {shape['concurrency']},"
-                    f" speed-up {other['speedup']:.2f} and {shape['speedup_tpot']:.2f},"
-                    f" TPOT {other['tpot_ms']['median']:.2f} and {shape['arms']['trained']['tpot_ms']['median']:.2f} ms"
-                    for (shape, other), direction in zip(beside, directions)
-                ),
+                **_compared(f"K = {k} and {count}", beside),
                 "measurement": verdict["measurement"],
                 "holds_for": _conditions(verdict, f"k={k}"),
                 "then": _then(verdict),
@@ -371,12 +378,33 @@ def _settled_by_sweep(verdict: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _against_served(shape: dict[str, Any], point: dict[str, Any]) -> int:
-    """1 if this K is better than the one served beyond chance, -1 if worse, 0 if nobody can tell.
+def _compared(which: str, beside: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """A K against another one, at every concurrency that both were measured at.
+
+    Proved is a K that is better somewhere and worse nowhere, refuted one that is better nowhere, and mixed the rest:
+    which K is right then depends on the load.
+    """
+    directions = [_direction(point, other) for point, other in beside]
+    words = {1: "better", 0: "no difference shown", -1: "worse"}
+    return {
+        "status": "refuted" if 1 not in directions else "mixed" if -1 in directions else "proved",
+        "worse_at": [point["concurrency"] for (point, _other), direction in zip(beside, directions) if direction < 0],
+        "reason": f"{which}, each over the standing arm beside it: "
+        + "; ".join(
+            f"{words[direction]} at concurrency {point['concurrency']},"
+            f" speed-up {point['speedup']:.2f} and {other['speedup']:.2f},"
+            f" TPOT {point['tpot_ms']:.2f} and {other['tpot_ms']:.2f} ms"
+            for (point, other), direction in zip(beside, directions)
+        ),
+    }
+
+
+def _direction(point: dict[str, Any], other: dict[str, Any]) -> int:
+    """1 if this K is better than the other one beyond chance, -1 if worse, 0 if nobody can tell.
 
     The two were measured one after the other. Their speed-ups, each over standing trials of its own, allow for a
     machine whose pace changed in between, but only as far as it changed alike for both arms. So TPOT must agree.
     """
-    here, there = point["speedup_pairs"], shape["speedup_pairs"]
-    gain = shape["arms"]["trained"]["tpot_ms"]["median"] - point["tpot_ms"]["median"]
+    here, there = point["speedup_pairs"], other["speedup_pairs"]
+    gain = other["tpot_ms"] - point["tpot_ms"]
     return int(gain > 0 and stands_above(here, there)) - int(gain < 0 and stands_above(there, here))

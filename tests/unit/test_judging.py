@@ -265,13 +265,43 @@ def test_refuted_lever_is_kept_with_its_reason_and_not_proposed_again():
     assert any(lever["id"] == "k=4" for lever in first["next_levers"])
     longer = judge(measurement([5.0, 5.1, 5.0], [2.5, 2.6, 2.5], rates=(0.9, 0.8, 0.7, 0.1)), ledger=first["levers"])
     entry = next(x for x in longer["levers"]["levers"] if x["id"] == "k=4")
-    assert entry["status"] == "refuted" and "at K = 4" in entry["reason"]
+    assert entry["status"] == "refuted" and "K = 4 now and 3 before" in entry["reason"]
     third = judge(measurement([5.0, 5.1, 5.2], [2.5, 2.6, 2.5]), ledger=longer["levers"])
     assert "k=4" not in {lever["id"] for lever in third["next_levers"]}
     # Another draft may do better at K = 4: what was refuted is open again.
     other = measurement([5.0, 5.1, 5.2], [2.5, 2.6, 2.5])
     other["draft"]["sha"] = "another"
     assert "k=4" in {lever["id"] for lever in judge(other, ledger=longer["levers"])["next_levers"]}
+
+
+def test_served_k_is_settled_at_every_concurrency_that_both_runs_measured():
+    """Worse under load and no better without any: the first concurrency alone would not tell."""
+    before = judge(at_loads([5.0, 5.1, 5.2], [2.5, 2.6, 2.5], [2.5, 2.6, 2.5], (0.9, 0.8, 0.7)))
+    found = judge(at_loads([5.0, 5.1, 5.2], [2.0, 2.1, 2.0], [4.0, 4.1, 4.0], (0.9, 0.8, 0.7, 0.6)), ledger=before["levers"])
+    lever = next(each for each in found["levers"]["levers"] if each["id"] == "k=4")
+    assert (lever["status"], lever["worse_at"]) == ("mixed", [8])
+    assert "better at concurrency 1, speed-up 2.50 and 2.00" in lever["reason"]
+    assert "worse at concurrency 8, speed-up 1.25 and 2.00" in lever["reason"]
+    # Whoever serves four now is led back, and no further.
+    assert "k=5" not in {each["id"] for each in found["next_levers"]} and "k=3" in {each["id"] for each in found["next_levers"]}
+
+
+def test_served_k_stays_open_where_no_load_was_measured_with_both():
+    before = judge(measurement(*WIN))
+    other = measurement(*WIN, rates=(0.9, 0.8, 0.7, 0.6))
+    other["plan"]["concurrencies"] = [8]
+    for each in other["trials"]:
+        each["concurrency"] = each["client"]["in_flight"] = 8
+    found = judge(other, ledger=before["levers"])
+    assert next(each for each in found["levers"]["levers"] if each["id"] == "k=4")["status"] == "open"
+
+
+def at_loads(standing, alone, loaded, rates):
+    """TPOT of the trained arm at concurrency 1 and at 8."""
+    found, busy = measurement(standing, alone, rates=rates), measurement(standing, loaded, rates=rates)
+    found["plan"]["concurrencies"] = [1, 8]
+    found["trials"] += [{**each, "concurrency": 8, "client": {**each["client"], "in_flight": 8}} for each in busy["trials"]]
+    return found
 
 
 def test_judging_the_same_measurement_twice_changes_nothing():
