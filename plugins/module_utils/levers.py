@@ -11,7 +11,6 @@ two or more measured ones do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -327,17 +326,19 @@ def _swept(shape: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
 def _settled(entry: dict[str, Any], verdict: dict[str, Any]) -> dict[str, Any]:
     """An open lever of an earlier run, judged by this one where this one is its test."""
     now, then, name = _then(verdict), entry["then"], entry["id"]
-    tested = re.fullmatch(r"(k|concurrency)=(\d+)", name)
-    if tested and tested[1] == "k" and now["k"] == int(tested[2]) and now["draft_sha"] == then["draft_sha"]:
+    kind, _equals, value = name.partition("=")
+    at = [shape for shape in verdict["shapes"] if kind == "concurrency" and str(shape["concurrency"]) == value]
+    if kind == "k" and str(now["k"]) == value and now["draft_sha"] == then["draft_sha"]:
         before = {point["concurrency"]: point for point in then.get("served", [])}
         beside = [(point, before[point["concurrency"]]) for point in now["served"] if point["concurrency"] in before]
         if not beside:
             return entry  # no load was measured with both
         found = _compared(f"K = {now['k']} now and {then['k']} before", beside)
-    elif tested and (shape := next((s for s in verdict["shapes"] if s["concurrency"] == int(tested[2])), None)):
+    elif at:
+        decision = at[0]["decision"]
         found = {
-            "status": "proved" if shape["decision"] == "ship" else "refuted",
-            "reason": f"{shape['decision'].replace('_', ' ')} at concurrency {tested[2]}, speed-up {shape['speedup_tpot']:.2f}",
+            "status": "proved" if decision == "ship" else "refuted",
+            "reason": f"{decision.replace('_', ' ')} at {kind} {value}, speed-up {at[0]['speedup_tpot']:.2f}",
         }
     elif name == "data" and now["draft_sha"] != then["draft_sha"] and now["k"] == then["k"]:
         gain = now["acceptance_length"] / then["acceptance_length"]

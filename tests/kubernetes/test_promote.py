@@ -72,6 +72,15 @@ def test_promotion_changes_one_argument_and_rollback_takes_it_back(production):
     assert changed(production.play("promote_rollback")) == 0
 
 
+def test_words_of_the_command_line_are_taken_for_what_they_say(production):
+    """``-e promote_apply=true`` is a text, not a boolean."""
+    production.play("promote_draft", promote_apply="false")
+    assert production.arguments() == STANDING
+    production.play("promote_draft", promote_apply="true")
+    assert json.loads(production.arguments()[-1]) == production.config
+    assert "unable to convert to bool" in said(production.play("promote_draft", code=2, promote_apply="ja"))
+
+
 def test_without_being_told_it_only_writes_files(production):
     production.play("promote_draft", promote_apply=False)
     assert production.arguments() == STANDING

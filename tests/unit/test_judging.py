@@ -286,6 +286,14 @@ def test_served_k_is_settled_at_every_concurrency_that_both_runs_measured():
     assert "k=5" not in {each["id"] for each in found["next_levers"]} and "k=3" in {each["id"] for each in found["next_levers"]}
 
 
+def test_k_is_not_settled_by_a_concurrency_of_the_same_number():
+    rates = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+    before = judge(at_loads([5.0, 5.1, 5.2], [2.5, 2.6, 2.5], [2.5, 2.6, 2.5], rates))
+    assert "k=8" in {each["id"] for each in before["next_levers"]}
+    found = judge(at_loads([5.0, 5.1, 5.2], [2.4, 2.6, 2.5], [6.0, 6.1, 6.2], rates), ledger=before["levers"])
+    assert next(each for each in found["levers"]["levers"] if each["id"] == "k=8")["status"] == "open"
+
+
 def test_served_k_stays_open_where_no_load_was_measured_with_both():
     before = judge(measurement(*WIN))
     other = measurement(*WIN, rates=(0.9, 0.8, 0.7, 0.6))
