@@ -31,6 +31,8 @@ COLLECTIONS_WHEEL = "ansible==12.3.0"
 #: how long Ansible Galaxy may take before the wheel is taken instead, in seconds
 GALAXY_LIMIT_S = 60
 OLDEST, NEWEST = (3, 11), (3, 13)
+#: the mark of an environment that this program made, and of one that it has begun; without either it is somebody else's
+COMPLETE, INCOMPLETE = "complete", "incomplete"
 
 
 def main() -> int:
@@ -81,18 +83,32 @@ def interpreter() -> str:
 def environment(name: str, folder: pathlib.Path, python: str, requirements: pathlib.Path, install) -> None:
     """Make one virtual environment, unless one of the same requirements is complete already."""
     wanted = hashlib.sha256(requirements.read_bytes() + TORCH.encode()).hexdigest()
-    stamp = folder / "complete"
+    stamp, begun = folder / COMPLETE, folder / INCOMPLETE
     if stamp.is_file() and stamp.read_text() == wanted:
         say(f"{name} environment {folder.name} is there already")
         return
+    refuse_foreign(folder)
     count = sum(1 for line in requirements.read_text().splitlines() if line and not line.startswith("#"))
     say(f"making the {name} environment {folder.name}: {count} packages")
     started = time.monotonic()
     remove(folder)
+    folder.mkdir()
+    begun.write_text(wanted)
     call([python, "-m", "venv", str(folder)], "make a virtual environment")
     install(folder, requirements)
-    stamp.write_text(wanted)
+    begun.rename(stamp)
     say(f"{name} environment done ({time.monotonic() - started:.0f} s)")
+
+
+def refuse_foreign(folder: pathlib.Path) -> None:
+    """An environment that was made otherwise, of a wheelhouse or by hand, is not this program's to replace."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found and not found & {COMPLETE, INCOMPLETE}:
+        raise SetupError(
+            f"{folder} was not made by this set-up (it holds neither a file {COMPLETE!r} nor {INCOMPLETE!r}), so it is left as it"
+            " is. Remove it, and make setup makes its own; or keep it and run .venv/bin/ansible-playbook without make"
+            " (docs/offline.md)."
+        )
 
 
 def remove(folder: pathlib.Path) -> None:
@@ -100,6 +116,12 @@ def remove(folder: pathlib.Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
+        # Its mark goes last: what an interrupted removal leaves is still known as this program's.
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in (COMPLETE, INCOMPLETE):
+                path.unlink()
         shutil.rmtree(folder)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +60,63 @@ def test_environment_of_another_checkout_loses_only_its_link(setup, tmp_path):
     for folder in (link, own, tmp_path / "none"):
         setup.remove(folder)
     assert (other / "bin").is_dir() and not link.is_symlink() and not own.exists()
+
+
+def made(setup, folder, files=(), interrupted=False):
+    """Set up an environment in a folder that holds these files already."""
+    folder.mkdir(exist_ok=True)
+    for name in files:
+        (folder / name).write_text("of other requirements")
+    requirements = folder.with_name("requirements.txt")
+    requirements.write_text("one==1\n")
+
+    def install(begun, _requirements):
+        assert (begun / "incomplete").is_file() and not (begun / "complete").exists()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    # Without pip, which takes seconds and is not what this is about.
+    setup.call = lambda command, what: subprocess.run([*command, "--without-pip"], check=True)
+    setup.environment("test", folder, sys.executable, requirements, install)
+
+
+@pytest.mark.parametrize("files", [(), ("complete", "old"), ("incomplete", "old")], ids=["empty", "complete", "begun"])
+def test_environment_of_its_own_is_made_anew(setup, tmp_path, files):
+    folder = tmp_path / ".engine"
+    made(setup, folder, files)
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {"complete", "pyvenv.cfg"}
+
+
+def test_environment_that_was_interrupted_is_made_anew(setup, tmp_path):
+    folder = tmp_path / ".engine"
+    with pytest.raises(KeyboardInterrupt):
+        made(setup, folder, interrupted=True)
+    assert not (folder / "complete").exists()
+    made(setup, folder)
+    assert (folder / "complete").is_file() and not (folder / "incomplete").exists()
+
+
+def test_removal_that_is_interrupted_leaves_the_mark(setup, tmp_path, monkeypatch):
+    folder = tmp_path / ".engine"
+    (folder / "lib").mkdir(parents=True)
+    for name in ("complete", "pyvenv.cfg"):
+        (folder / name).write_text("")
+
+    rmtree = setup.shutil.rmtree
+
+    def interrupted(path):
+        rmtree(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setup.remove(folder)
+    assert (folder / "complete").exists()
+
+
+def test_environment_of_a_wheelhouse_is_left_alone(setup, tmp_path):
+    folder = tmp_path / ".engine"
+    with pytest.raises(setup.SetupError, match="was not made by this set-up") as refused:
+        made(setup, folder, ("pyvenv.cfg",))
+    assert str(folder) in str(refused.value) and "without make" in str(refused.value)
+    assert [path.name for path in folder.iterdir()] == ["pyvenv.cfg"]
