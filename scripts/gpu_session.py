@@ -48,7 +48,7 @@ def main() -> int:
     each.add_argument("--controller", type=program, default=CONTROLLER, help="Python with ansible-core")
     each.add_argument("--target-args", default="@demo/gpu_target.args", help="arguments for demo/build_target.py")
     each.add_argument("--settings", action="append", default=[], help="further files of settings, or JSON; the last wins")
-    each.add_argument("--sweep", type=int, nargs="*", default=[1, 4], help="further values of K for the EAGLE3 draft")
+    each.add_argument("--sweep", type=int, nargs="*", default=[1, 7], help="further values of K for the EAGLE3 draft")
     each.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all if none is named")
     each = commands.add_parser("evidence", help="copy what a reader needs")
     each.add_argument("--work", type=pathlib.Path, default=ROOT / ".demo")

@@ -68,6 +68,13 @@ def test_playbooks_and_settings_that_are_named_exist(page):
         assert setting in known, f"{setting} is no setting"
 
 
+def test_settings_of_a_gpu_leave_none_of_the_small_machines():
+    """As docs/site-local.md says of the file that users copy."""
+    small = yaml.safe_load((ROOT / "inventories/local/group_vars/spec_decode.yml").read_text())
+    replaced = yaml.safe_load((ROOT / "demo/gpu.yml").read_text())
+    assert set(small) - set(replaced) == {"spec_executor", "spec_poll_interval", "spec_engine_python", "spec_sources"}
+
+
 def test_every_gate_has_its_section_in_the_runbook():
     assert {*gates.GATES, runbook.PENDING, runbook.CANARY, runbook.DRAFT_TIER} <= anchors(ROOT / runbook.PAGE)
     red = gates.evaluate("training", {"train": {}})

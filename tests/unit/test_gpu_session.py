@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -90,6 +91,16 @@ def test_one_thing_after_the_other_and_a_failure_does_not_end_it(session, tmp_pa
     assert against["spec_server_environment"] == {"A": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     times = json.loads((tmp_path / "session/times.json").read_text())
     assert [each["exit"] for each in times] == [0, 0, 0, 0, 0, 3]
+
+
+def test_sweep_without_being_told_fits_the_servers_graphs(session, tmp_path):
+    """vLLM 0.24 makes its graphs for multiples of K + 1, which must divide the slots (docs/gpu.md)."""
+    _module, start, given = session
+    assert start("run", "--work", str(tmp_path), "eagle3") == 0
+    arguments = yaml.safe_load((ROOT / "demo/gpu.yml").read_text())["spec_server_arguments"]
+    slots = next(int(word.partition("=")[2]) for word in arguments if word.startswith("--max-num-seqs="))
+    swept = settings_of(given[0])["spec_sweep_k"]
+    assert swept and all(slots % (tokens + 1) == 0 for tokens in swept)
 
 
 def test_target_that_is_there_is_not_built_again(session, tmp_path):
