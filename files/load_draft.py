@@ -17,7 +17,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target-model-path", required=True)
+    # As in all phases by hand: the variable may name another place than the one that the bundle was rendered with.
+    target = os.environ.get("TARGET_MODEL_PATH")
+    parser.add_argument("--target-model-path", default=target, required=not target)
     parser.add_argument("--draft", required=True)
     parser.add_argument("--speculative-config", required=True, help="JSON without the draft's path")
     parser.add_argument("--server-arguments", required=True, help="JSON list of vLLM flags")

@@ -212,8 +212,8 @@ def _recipe(experiment: dict[str, Any], plan: dict[str, Any], settings: dict[str
 
 def _load_check(experiment: dict[str, Any]) -> list[str]:
     return [
-        experiment["engine_python"], "load_draft.py", "--target-model-path", experiment["target"]["path"],
-        "--draft", "{draft}", "--speculative-config", json.dumps(_speculative(experiment, None)),
+        experiment["engine_python"], "load_draft.py", "--draft", "{draft}",
+        "--speculative-config", json.dumps(_speculative(experiment, None)),
         "--server-arguments", json.dumps(experiment["serving"]["server_arguments"]),
     ]  # fmt: skip
 

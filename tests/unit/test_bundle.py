@@ -10,6 +10,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import jinja2
 import pytest
@@ -124,6 +125,56 @@ def test_environment_wins_over_the_recipe(hostile, tmp_path):
     arguments = out.read_text().split("\0")
     assert arguments[arguments.index("--aux-layers") + 1] == "2,3,4"
     assert arguments[arguments.index("--method") + 1] == "dflash"
+
+
+def recipe_by_hand(bundle, tmp_path, **environment):
+    return subprocess.run(
+        ["bash", str(bundle / "run-offline.sh")], capture_output=True, text=True, check=False,
+        env={"PATH": "/usr/bin:/bin", "STUB_OUT": str(tmp_path / "arguments"), **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["METHOD", "AUX_LAYERS", "CHAT_TEMPLATE", "DRAFT_CONFIG", "MAX_LENGTH"])
+def test_recipe_by_hand_refuses_what_its_training_would_not_follow(hostile, tmp_path, name):
+    bundle, found = hostile
+    answer = recipe_by_hand(bundle, tmp_path, **{name: "another"})
+    assert answer.returncode == 2 and not (tmp_path / "arguments").exists()
+    assert f"{name} is 'another', but this bundle was rendered for '{found['recipe'][name]}'" in answer.stderr
+    assert recipe_by_hand(bundle, tmp_path, **{name: found["recipe"][name]}).returncode == 0
+
+
+def test_target_of_the_recipe_by_hand_reaches_every_phase(hostile, tmp_path):
+    bundle, found = hostile
+    for name in ("prepare-data", "capture", "train", "convert"):
+        subprocess.run(
+            ["bash", str(bundle / "slurm" / f"{name}.sbatch")], check=True,
+            env={"PATH": "/usr/bin:/bin", "STUB_OUT": str(tmp_path / "arguments"), "TARGET_MODEL_PATH": "/moved"},
+        )  # fmt: skip
+        arguments = (tmp_path / "arguments").read_text().split("\0")
+        assert arguments[arguments.index("--target-model-path") + 1] == "/moved"
+    # What convert loads the draft with at its end is a command of its own, which names no other target.
+    assert found["recipe"]["TARGET_MODEL_PATH"] not in json.loads(found["recipe"]["LOAD_CHECK"])
+
+
+def test_load_check_takes_the_recipes_target(tmp_path):
+    stub = """
+        class Stub:
+            parse_args = add_cli_args = from_cli_args = from_engine_args = staticmethod(lambda given: print(given) or Stub)
+        EngineArgs = LLMEngine = Stub
+        FlexibleArgumentParser = str
+    """
+    for module in ("vllm/engine/arg_utils", "vllm/utils/argparse_utils", "vllm/v1/engine/llm_engine"):
+        place = tmp_path / f"{module}.py"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(textwrap.dedent(stub))
+    found = experiment.compose(plan(), settings())
+    command = [sys.executable, str(TEMPLATES.parent / "files/load_draft.py"), *json.loads(found["recipe"]["LOAD_CHECK"])[2:]]
+    answer = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path), "TARGET_MODEL_PATH": "/moved"}
+    )
+    assert "['--model', '/moved', '--enforce-eager'" in answer.stdout
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tmp_path)})
+    assert answer.returncode == 2 and "--target-model-path" in answer.stderr
 
 
 def shellcheck(scripts):
