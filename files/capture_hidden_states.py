@@ -162,7 +162,7 @@ def check_space(output: str, tokens: int, width: int) -> int:
     if needed > free:
         raise SpecDecodeError(
             f"The features of {tokens} tokens need {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {output}.",
-            "Free space, choose another work_dir, or lower dataset_train_rows or dataset_max_length.",
+            "Free space, choose another spec_work_dir, or lower spec_train_rows or spec_max_length.",
         )
     return needed
 

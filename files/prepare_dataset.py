@@ -91,7 +91,7 @@ class Selection:
         counts = ", ".join(f"{count} {reason} (first: {self.examples[reason]})" for reason, count in self.dropped.items())
         raise SpecDecodeError(
             f"Of the first {seen} rows of {path} too many cannot be used: {counts}.",
-            "Mend the data or the chat template, or raise dataset_max_dropped_fraction.",
+            "Mend the data or the chat template, or raise spec_max_dropped_fraction.",
         )
 
     def _fault(self, row: dict[str, Any]) -> str | None:
@@ -116,7 +116,7 @@ class Selection:
                     f"The data set lacks {wanted - len(chosen)} {part} rows: {path} has {rows} rows,"
                     f" of which {sum(self.dropped.values())} cannot be used, and its share of {part} is"
                     f" {shares[part][number]}.",
-                    "Give more data, or lower dataset_train_rows or dataset_eval_rows.",
+                    "Give more data, or lower spec_train_rows or spec_eval_rows.",
                 )
 
 

@@ -34,7 +34,7 @@ def read(path: str, layout: str = "auto") -> Iterator[dict[str, Any]]:
     if layout not in LAYOUTS:
         raise SpecDecodeError(f"The data layout {layout!r} of {path} is not one of {', '.join(LAYOUTS)}.")
     if not os.path.isfile(path):
-        raise SpecDecodeError(f"The data source {path} does not exist.", "Check dataset_sources.")
+        raise SpecDecodeError(f"The data source {path} does not exist.", "Check spec_sources.")
     count = 0
     for number, row in _raw_rows(path):
         count += 1
@@ -54,7 +54,7 @@ def prompt_key(row: dict[str, Any]) -> str:
 def shares(total: int, weights: list[float]) -> list[int]:
     """``total`` rows divided by ``weights``; the parts sum to the total (largest remainders first)."""
     if not weights or min(weights) < 0 or sum(weights) <= 0:
-        raise SpecDecodeError(f"The sources' weights {weights} must be positive numbers.", "Check dataset_sources.")
+        raise SpecDecodeError(f"The sources' weights {weights} must be positive numbers.", "Check spec_sources.")
     exact = [total * weight / sum(weights) for weight in weights]
     parts = [int(part) for part in exact]
     order = sorted(range(len(parts)), key=lambda index: (parts[index] - exact[index], index))

@@ -25,7 +25,7 @@ def engine_facts(python: str, target: str = "") -> dict[str, Any]:
     if not os.path.isfile(python) or not os.access(python, os.X_OK):
         raise SpecDecodeError(
             f"The engine's Python {python} does not exist or cannot be executed.",
-            "Run make setup, or set scaffold_engine_python to one that has vLLM and SpecForge.",
+            "Run make setup, or set spec_engine_python to one that has vLLM and SpecForge.",
         )
     try:
         # From the root folder: a module in the current one must not pass for an engine.

@@ -90,7 +90,7 @@ def checks(plan: dict[str, Any], engine: dict[str, Any], **asked: Any) -> list[d
     found += [_template(engine, wanted), _own_template(plan, engine, wanted)]
     found += [_source(source) for source in wanted.sources]
     if not wanted.sources:
-        found.append(_check("data", False, "no data source is given", "Set scaffold_sources."))
+        found.append(_check("data", False, "no data source is given", "Set spec_sources."))
     found += [_work_dir(wanted.work_dir), _disk(plan, wanted), _time(plan, wanted)]
     if wanted.executor == "slurm":
         found += _slurm(wanted)
@@ -288,15 +288,15 @@ def _template_fields(engine: dict[str, Any], asked: Asked) -> dict[str, Any]:
 def _source(source: dict[str, Any]) -> dict[str, Any]:
     path, layout = str(source.get("path", "")), source.get("layout", "auto")
     if layout not in LAYOUTS:
-        return _check("data", False, f"layout {layout!r} of {path} is not one of {', '.join(LAYOUTS)}", "Mend scaffold_sources.")
+        return _check("data", False, f"layout {layout!r} of {path} is not one of {', '.join(LAYOUTS)}", "Mend spec_sources.")
     there = os.path.isfile(path) and os.path.getsize(path) > 0
-    return _check("data", there, f"{path}" if there else f"{path or 'a source'} is missing or empty", "Check scaffold_sources.")
+    return _check("data", there, f"{path}" if there else f"{path or 'a source'} is missing or empty", "Check spec_sources.")
 
 
 def _work_dir(path: str) -> dict[str, Any]:
     place = site_facts.existing(path)
     ok = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
-    return _check("work folder", ok, path if ok else f"{path} cannot be written", "Choose another scaffold_work_dir.")
+    return _check("work folder", ok, path if ok else f"{path} cannot be written", "Choose another spec_work_dir.")
 
 
 def _tokens(asked: Asked) -> int:
@@ -311,7 +311,7 @@ def _disk(plan: dict[str, Any], asked: Asked) -> dict[str, Any]:
         "disk", needed < free,
         f"{asked.rows} rows × {asked.max_length // 2} tokens × {_states(plan)} states × {plan['target']['hidden_size']}"
         f" × {WIDTH} bytes = {needed / 1e9:.1f} GB of features, {free / 1e9:.1f} GB free",
-        "Free space, choose another scaffold_work_dir, or lower scaffold_train_rows.",
+        "Free space, choose another spec_work_dir, or lower spec_train_rows.",
     )  # fmt: skip
 
 
@@ -387,5 +387,5 @@ def _sampling(engine: dict[str, Any], temperature: float) -> dict[str, Any]:
     return _check(
         "sampling", not broken,
         f"temperature {temperature:g}" + (f": vLLM {version} garbles sampled text under speculation" if broken else ""),
-        "Set scaffold_temperature to 0.",
+        "Set spec_temperature to 0.",
     )  # fmt: skip

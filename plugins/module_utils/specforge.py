@@ -74,7 +74,7 @@ def chosen_interface(wanted: str, installed: str) -> str:
 def training_values(method: str, max_steps: int, given: dict[str, Any] | None = None) -> dict[str, Any]:
     """All values of a training: the recipes' own, then the user's."""
     if max_steps < 1:
-        raise SpecDecodeError(f"Training needs at least one step, not {max_steps}.", "Mend scaffold_train_steps.")
+        raise SpecDecodeError(f"Training needs at least one step, not {max_steps}.", "Mend spec_train_steps.")
     values = {**COMMON, **DEFAULTS[method], **(given or {})}
     if not values["save_interval"]:
         raise SpecDecodeError(

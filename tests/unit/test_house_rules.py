@@ -46,6 +46,22 @@ def test_role_says_what_it_takes(role):
     assert all(option.get("description") and option.get("type") for option in options.values())
 
 
+def test_texts_name_settings_and_no_variables_of_roles():
+    """What only hands a setting on to one role does not help where another reads the setting itself."""
+    handed_on = {
+        name
+        for role in ROLES
+        for name, value in (yaml.safe_load((role / "defaults/main.yml").read_text()) or {}).items()
+        if re.fullmatch(r"{{ \w+ }}", str(value))
+    }
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "plugins") or path.is_relative_to(ROOT / "files"):
+            constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            texts = [value for value in constants if isinstance(value, str) and " " in value]
+            named = {word for text in texts for word in re.findall(r"\w+", text)} & handed_on
+            assert not named, f"{name_of(path)}: {', '.join(sorted(named))}"
+
+
 def test_every_filter_has_its_documentation():
     package = "ansible_collections.inference.spec_decode.plugins.filter"
     modules = [importlib.import_module(f"{package}.{path.stem}") for path in (ROOT / "plugins/filter").glob("*.py")]
