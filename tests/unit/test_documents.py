@@ -68,6 +68,12 @@ def test_playbooks_and_settings_that_are_named_exist(page):
         assert setting in known, f"{setting} is no setting"
 
 
+def test_archive_that_the_pages_install_is_of_this_version():
+    version = yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
+    named = [name for page in PAGES for name in re.findall(r"inference-spec_decode-([\d.]+)\.tar", page.read_text())]
+    assert named and set(named) == {version}
+
+
 def test_settings_of_a_gpu_leave_none_of_the_small_machines():
     """As docs/site-local.md says of the file that users copy."""
     small = yaml.safe_load((ROOT / "inventories/local/group_vars/spec_decode.yml").read_text())
