@@ -33,7 +33,9 @@ options:
         V(profile) (lists of files, C(dcgm) with what a DCGM exporter answered during the measurement and C(kernels)
         with kernel profiles) and V(levers) (what earlier runs settled). V(target_config) and V(levers) need not exist.
       - The V(promotion) gate takes V(verdict) and V(facts), what the standing deployment has now, C(hardware), C(vllm)
-        and C(image). The checksums of the staged draft, the target and the prompts are computed from their files.
+        and C(image), and V(experiment), the bundle's C(experiment.json), whose engine tells the C(vllm) that the facts do
+        not; V(experiment) need not exist. The checksums of the staged draft, the target and the prompts are computed from
+        their files.
     type: dict
     required: true
   thresholds:
