@@ -16,7 +16,7 @@ from engine_log import error_lines
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import tail
 from spec_decode.progress import Progress
-from spec_decode.vllm_metrics import Access
+from spec_decode.vllm_metrics import Access, scrape
 
 
 class Server:
@@ -107,6 +107,11 @@ class RunningServer:
         self.check_alive()
         self.up = True
 
+    def running_since(self) -> float:
+        """When the server started; now, where it does not tell, as it then may be another one each time."""
+        self.check_alive()
+        return scrape(self.url, self._access).process_start or time.time()
+
     def stop(self) -> None:
         """It is not ours to stop."""
 
@@ -131,6 +136,10 @@ class Fleet:
     def __exit__(self, *_exception: object) -> None:
         for server in self.servers.values():
             server.stop()
+
+    def running_since(self) -> dict[str, float]:
+        """Of the servers that somebody else runs, by arm: whatever was measured of an earlier start may be of other weights."""
+        return {name: server.running_since() for name, server in self.servers.items() if isinstance(server, RunningServer)}
 
     def need(self, names: tuple[str, ...]) -> list[str]:
         """Bring these servers up, one after the other (two at once would profile each other's memory); which started."""

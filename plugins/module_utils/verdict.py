@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import statistics as std
+import urllib.parse
 from typing import Any
 
 from . import context, diagnosis, levers, sol
@@ -19,7 +20,7 @@ from .files import sha256_value
 from .statistics import Comparison, Trial, compare, describe
 
 STANDING, TRAINED = "standing", "trained"
-DEFAULTS: dict[str, float] = {
+LIMITS: dict[str, float] = {
     "min_trials": 3,
     "min_acceptance_length": 1.0,
     "max_ttft_p99_ratio": 1.5,
@@ -36,6 +37,8 @@ DEFAULTS: dict[str, float] = {
 }
 #: methods that look for what to draft in the text itself
 LOOKUP = ("ngram", "ngram_gpu", "suffix")
+#: hosts of servers on the machine that measures
+HERE = ("localhost", "127.0.0.1", "::1")
 #: purposes of trials that compare the standing arm with the trained one, and that only tell the noise
 COMPARED = ("compare", "noise")
 
@@ -61,7 +64,7 @@ def judge(
     vLLM read of the served draft, ``draft_bytes`` the size of its weights. ``ceilings`` and ``target_config`` give
     %SoL, ``profile`` says what else was captured, ``ledger`` what earlier runs settled.
     """
-    limits = {**DEFAULTS, **(thresholds or {})}
+    limits = {**LIMITS, **(thresholds or {})}
     _check_arms(acceptance)
     evidence = diagnosis.Evidence(convert, train, draft_config)
     grounding = _Grounding(acceptance, ceilings or {}, target_config, profile, draft_bytes or _stored_bytes(convert))
@@ -459,7 +462,8 @@ def _guardrails(
     if not speculates and speedup > length * (1 + limits["impossible_tolerance"]):
         red.append(f"a TPOT speed-up of {speedup:.2f} is impossible with {length:.2f} tokens a step")
     rates = trained["acceptance_per_position"]
-    if trained["acceptance_length"] > 1 + len(rates) + 1e-6 or any(after > before + 1e-6 for before, after in itertools.pairwise(rates)):
+    rising = any(after > before + 1e-6 for before, after in itertools.pairwise(rates))
+    if rising or trained["acceptance_length"] > 1 + len(rates) + 1e-6:
         red.append(f"acceptance by position {_figures(rates)} is impossible: a position counts only after those before it")
     return red
 
@@ -491,12 +495,23 @@ def tier_reasons(
     for difference in acceptance["differences"]:
         if not difference.get("follows_from_speculation"):
             reasons.append(f"the servers differ in {difference['field']}: {difference['values']}")
+    reasons += _whereabouts(acceptance, compared)
     method = _method(acceptance["arms"][TRAINED])
     if dataset is None and not has_no_draft(method):
         reasons.append("nothing proves that training never saw the prompts")
     elif dataset is not None and dataset["overlap_train_eval"]:
         reasons.append(f"training saw {dataset['overlap_train_eval']} of the prompts")
     return reasons
+
+
+def _whereabouts(acceptance: dict[str, Any], compared: dict[str, dict[str, Any]]) -> list[str]:
+    """Why node and hardware of servers that run elsewhere are not known; a cluster tells, or the plan."""
+    if "kubernetes" in acceptance or acceptance["plan"].get("served_on"):
+        return []
+    hosts = {name: str(urllib.parse.urlsplit(arm.get("url") or "").hostname or HERE[0]) for name, arm in compared.items()}
+    if all(host in HERE for host in hosts.values()):
+        return []
+    return [f"the arms are served elsewhere ({hosts}), and nothing tells that it is one node, nor its hardware: name served_on"]
 
 
 def has_no_draft(method: str) -> bool:

@@ -385,6 +385,25 @@ def test_win_at_one_load_and_loss_at_another_is_the_wrong_regime():
     assert "wins at concurrency 1 and loses at 8" in result["diagnosis"]
 
 
+@pytest.mark.parametrize(
+    ("urls", "served_on", "known"),
+    [
+        (("http://a:8000", "http://b:8000"), {}, False),
+        (("http://a:8000", "http://a:8001"), {}, False),
+        (("http://a:8000", "http://a:8001"), {"node": "a"}, True),
+        (("http://127.0.0.1:1", "http://localhost:2"), {}, True),
+    ],
+)
+def test_servers_elsewhere_are_on_one_node_only_if_somebody_says_so(urls, served_on, known):
+    found = measurement(*WIN)
+    found["plan"]["served_on"] = served_on
+    for name, url in zip(("standing", "trained"), urls):
+        found["arms"][name]["url"] = url
+    result = judge(found)
+    assert (result["tier"] == "VERDICT") is known
+    assert any("served elsewhere" in reason for reason in result["tier_reasons"]) is not known
+
+
 def looking_up(found, arm, share_of_steps):
     """Prompt lookup, which drafts on a share of the steps only."""
     found["arms"][arm]["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3}

@@ -135,7 +135,7 @@ def test_whole_pairs_survive_a_kill(program, plan, tmp_path, monkeypatch):
 def test_one_more_k_and_one_more_concurrency_measure_only_what_is_missing(program, started, tmp_path, monkeypatch):
     taken, real = [], program.client.run_trial
     monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: taken.append(1) or {**real(*args, **kw), "void": ""})
-    started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[1])
+    started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[5])
     first = measure(program, started, tmp_path, monkeypatch)
     started.update(concurrencies=[1, 2], sweep_num_speculative_tokens=[1, 5])
     second = measure(program, started, tmp_path, monkeypatch)
@@ -148,7 +148,7 @@ def test_one_more_k_and_one_more_concurrency_measure_only_what_is_missing(progra
         (t["pair"], t["concurrency"]) for t in new if t["arm"] != "standing"
     }
     assert {name: len(arm["starts_s"]) for name, arm in second["arms"].items()} == {
-        "standing": 2, "trained": 2, "trained-k1": 2, "trained-k5": 1,
+        "standing": 2, "trained": 2, "trained-k1": 1, "trained-k5": 2,
     }  # fmt: skip
     assert second["differences"] == [] and not (tmp_path / "acceptance.json.partial").exists()
 
@@ -205,6 +205,47 @@ def test_void_trial_is_measured_again(program, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(program.client, "run_trial", void_twice)
     found = measure(program, {**plan, "trials": 1, "aa_trials": 0, "concurrencies": [1]}, tmp_path, monkeypatch)
     assert len(seen) == 4 and [trial["void"] for trial in found["trials"]] == ["", ""]
+
+
+def test_server_that_speculates_otherwise_than_the_plan_says(program, plan, tmp_path, monkeypatch):
+    real = program.resolved.of_running
+
+    def three_tokens(*args):
+        found = real(*args)
+        return found._replace(config={**found.config, "speculative_config.num_speculative_tokens": 3})
+
+    monkeypatch.setattr(program.resolved, "of_running", three_tokens)
+    with pytest.raises(program.SpecDecodeError, match="standing arm's server at .* is not what the plan says: it drafts 3"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+def test_server_that_drafts_unasked(program, plan, urls, tmp_path, monkeypatch):
+    """It need not tell its configuration: its counters do."""
+    plan["arms"][0]["url"] = urls[1]
+    with pytest.raises(program.SpecDecodeError, match="drafted, though the plan names no speculative_config"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+def test_running_server_that_was_started_again_is_measured_again(program, plan, tmp_path, monkeypatch):
+    taken, real = [], program.client.run_trial
+    monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: taken.append(1) or {**real(*args, **kw), "void": ""})
+    plan.update(trials=1, aa_trials=0, concurrencies=[1])
+    measure(program, plan, tmp_path, monkeypatch)
+    measure(program, plan, tmp_path, monkeypatch)
+    assert len(taken) == 2
+    with stub("--tokens-a-chunk", "3") as trained:
+        plan["arms"][1]["url"] = trained
+        measure(program, plan, tmp_path, monkeypatch)
+        assert len(taken) == 4
+    with pytest.raises(program.SpecDecodeError, match="does not answer /health"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+def test_start_of_a_running_server_tells_it_from_an_earlier_one(program, urls):
+    from arm_servers import RunningServer
+
+    first, other = (RunningServer("a", url, "", program.Access()).running_since() for url in urls)
+    assert first == RunningServer("a", urls[0], "", program.Access()).running_since() != other
 
 
 def test_server_that_is_not_there(program, plan, tmp_path, monkeypatch):
