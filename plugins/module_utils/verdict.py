@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import statistics as std
-import urllib.parse
 from typing import Any
 
 from . import context, diagnosis, levers, sol
 from .errors import SpecDecodeError
 from .files import sha256_value
 from .statistics import Comparison, Trial, compare, describe
+from .vllm_metrics import on_this_machine
 
 STANDING, TRAINED = "standing", "trained"
 LIMITS: dict[str, float] = {
@@ -37,8 +37,6 @@ LIMITS: dict[str, float] = {
 }
 #: methods that look for what to draft in the text itself
 LOOKUP = ("ngram", "ngram_gpu", "suffix")
-#: hosts of servers on the machine that measures
-HERE = ("localhost", "127.0.0.1", "::1")
 #: purposes of trials that compare the standing arm with the trained one, and that only tell the noise
 COMPARED = ("compare", "noise")
 
@@ -508,10 +506,13 @@ def _whereabouts(acceptance: dict[str, Any], compared: dict[str, dict[str, Any]]
     """Why node and hardware of servers that run elsewhere are not known; a cluster tells, or the plan."""
     if "kubernetes" in acceptance or acceptance["plan"].get("served_on"):
         return []
-    hosts = {name: str(urllib.parse.urlsplit(arm.get("url") or "").hostname or HERE[0]) for name, arm in compared.items()}
-    if all(host in HERE for host in hosts.values()):
+    elsewhere = [arm["url"] for arm in compared.values() if arm.get("url") and not on_this_machine(arm["url"])]
+    if not elsewhere:
         return []
-    return [f"the arms are served elsewhere ({hosts}), and nothing tells that it is one node, nor its hardware: name served_on"]
+    return [
+        f"arms are served elsewhere ({', '.join(elsewhere)}), and nothing tells that it is one node, nor its hardware:"
+        " name served_on in the plan"
+    ]
 
 
 def has_no_draft(method: str) -> bool:

@@ -241,6 +241,14 @@ def test_running_server_that_was_started_again_is_measured_again(program, plan, 
         measure(program, plan, tmp_path, monkeypatch)
 
 
+def test_no_proxy_is_asked_for_this_machine_and_none_is_told_the_token(program, urls, monkeypatch):
+    import arm_servers
+
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert arm_servers.healthy(urls[0], program.Access("sekret"))
+
+
 def test_start_of_a_running_server_tells_it_from_an_earlier_one(program, urls):
     from arm_servers import RunningServer
 
