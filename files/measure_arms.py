@@ -31,6 +31,7 @@ from spec_decode.arms import (
     arms,
     complete,
     key_of,
+    memory_is_given,
     most_prompts,
     prompts_wanted,
     remaining,
@@ -216,7 +217,8 @@ def main() -> None:
     shaping = {name: value for name, value in plan.items() if name not in HARMLESS}
     versions = [engine_version(), sha256_file(client.__file__)]
     logs = os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers")
-    with Fleet(servers(plan, made, logs, access), plan["startup_timeout_s"], progress) as fleet:
+    together = memory_is_given(plan["server_arguments"])
+    with Fleet(servers(plan, made, logs, access), plan["startup_timeout_s"], progress, together) as fleet:
         identity = sha256_value([shaping, draft, platform.node(), hardware, versions, fleet.running_since()])
         known = Measurement(options.out, identity)
         steps = schedule(plan, made, stay)

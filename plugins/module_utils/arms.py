@@ -28,6 +28,7 @@ LISTS_OF_NUMBERS = ("concurrencies", "sweep_num_speculative_tokens")
 #: vLLM's default share of a GPU's memory, and how much all resident servers together may take
 MEMORY_SHARE, MOST_MEMORY = 0.9, 0.95
 MEMORY_FLAG = re.compile(r"^--gpu[-_]memory[-_]utilization(?:=(.*))?$")
+CACHE_FLAG = re.compile(r"^--kv[-_]cache[-_]memory[-_]bytes(=|$)")
 #: prompts for each request in flight that keep a trial's end, where the slots run empty, short beside the whole
 PROMPTS_PER_SLOT = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
@@ -217,6 +218,11 @@ def memory_share(server_arguments: list[str]) -> float:
             except ValueError:
                 raise SpecDecodeError(f"{text!r} is no share of memory for --gpu-memory-utilization.") from None
     return share
+
+
+def memory_is_given(server_arguments: list[str]) -> bool:
+    """Whether each server is told the size of its KV cache, so that none has to find out how much memory is left."""
+    return any(CACHE_FLAG.match(argument) for argument in server_arguments)
 
 
 def schedule(plan: dict[str, Any], made: dict[str, Arm], stay: bool) -> list[Step]:
