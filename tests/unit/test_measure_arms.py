@@ -423,5 +423,6 @@ def test_servers_change_one_at_a_time_and_all_stop(programs):
         for names_needed in (("a",), ("b",), ("b",), ("a", "c")):
             fleet.need(names_needed)
     assert notes == [
-        "start a", "wait a", "stop a", "start b", "wait b", "stop b", "start a", "wait a", "start c", "wait c", "stop a", "stop c",
+        "start a", "wait a", "stop a", "start b", "wait b", "stop b",
+        "start a", "wait a", "start c", "wait c", "stop a", "stop c",
     ]  # fmt: skip
