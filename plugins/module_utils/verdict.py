@@ -388,7 +388,7 @@ def _steps(engines: list[dict[str, Any]], method: str) -> float:
     """
     drafts = float(sum(engine["drafts"] for engine in engines))
     if looks_up(method) and all(engine.get("itl_s") for engine in engines):
-        return max(drafts, sum(engine["itl_s"]["count"] for engine in engines))
+        return max(drafts, float(sum(engine["itl_s"]["count"] for engine in engines)))
     return drafts
 
 
