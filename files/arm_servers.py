@@ -10,13 +10,17 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 
 from engine_log import error_lines
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import tail
 from spec_decode.progress import Progress
-from spec_decode.vllm_metrics import Access
+from spec_decode.vllm_metrics import Access, scrape
+
+#: longest address of a socket, and how much of it vLLM adds to its folder: a UUID
+LONGEST_ADDRESS, OWN_NAME = 107, 37
 
 
 class Server:
@@ -30,25 +34,33 @@ class Server:
         self._environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment}
         self._environment["PATH"] = searchable(self._environment.get("PATH", os.defpath))
         self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def up(self) -> bool:
         return self._process is not None
 
-    def start(self, timeout_s: float, progress: Progress) -> None:
-        """Start the server and wait until it answers ``/health``."""
+    def start(self) -> None:
+        """Start the server, which is of use when :meth:`wait` returns."""
         refuse_taken_port(self.port)
-        started = time.monotonic()
+        self._started = time.monotonic()
+        self._sockets = socket_folder()
+        own = {"VLLM_RPC_BASE_PATH": self._sockets.name} if self._sockets else {}
         with open(self.log, "ab" if self.startup_s else "wb") as log:
             # A group of its own in this session: it can be stopped as a whole and still carries the job's mark.
             self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, process_group=0
+                self.command, stdout=log, stderr=subprocess.STDOUT, env={**own, **self._environment}, process_group=0
             )
+
+    def wait(self, timeout_s: float, progress: Progress) -> None:
+        """Return as soon as the server answers ``/health``."""
         while not self._healthy():
-            passed = time.monotonic() - started
-            if self._process.poll() is not None:
+            passed = time.monotonic() - self._started
+            code = self._process.poll() if self._process else None
+            if code is not None:
                 raise SpecDecodeError(
-                    f"The {self.name} arm's server ended with exit code {self._process.returncode} after {passed:.0f} s."
+                    f"The {self.name} arm's server ended with exit code {code} after {passed:.0f} s."
                     f" Its log ends with:\n{self._last_lines()}",
                     f"See {self.log}.",
                 )
@@ -60,7 +72,7 @@ class Server:
                 )
             progress.update(f"starting the {self.name} arm", int(passed), 0)
             time.sleep(0.5)
-        self.startup_s.append(round(time.monotonic() - started, 1))
+        self.startup_s.append(round(time.monotonic() - self._started, 1))
 
     def stop(self) -> None:
         """End the server and everything that it started."""
@@ -75,6 +87,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # children that outlived their parent
         self._process = None
+        if self._sockets:
+            self._sockets.cleanup()
 
     def check_alive(self) -> None:
         """Refuse to go on with a server that died between two trials."""
@@ -102,10 +116,18 @@ class RunningServer:
         self.up = False
         self._access = access
 
-    def start(self, timeout_s: float, progress: Progress) -> None:
+    def start(self) -> None:
+        """It runs."""
+
+    def wait(self, timeout_s: float, progress: Progress) -> None:
         progress.update(f"looking for the {self.name} arm at {self.url}")
         self.check_alive()
         self.up = True
+
+    def running_since(self) -> float:
+        """When the server started; now, where it does not tell, as it then may be another one each time."""
+        self.check_alive()
+        return scrape(self.url, self._access).process_start or time.time()
 
     def stop(self) -> None:
         """It is not ours to stop."""
@@ -119,11 +141,17 @@ class RunningServer:
 
 
 class Fleet:
-    """The arms' servers; those that a step needs are up, all are down at the end."""
+    """The arms' servers; those that a step needs are up, all are down at the end.
 
-    def __init__(self, servers: dict[str, Server | RunningServer], timeout_s: float, progress: Progress) -> None:
+    ``together`` starts all that a step needs at once. Otherwise one follows the other: while vLLM finds out how much
+    memory is left for its KV cache, nothing else may take or give back any.
+    """
+
+    def __init__(
+        self, servers: dict[str, Server | RunningServer], timeout_s: float, progress: Progress, together: bool = False
+    ) -> None:
         self.servers = servers
-        self._timeout_s, self._progress = timeout_s, progress
+        self._timeout_s, self._progress, self._together = timeout_s, progress, together
 
     def __enter__(self) -> Fleet:
         return self
@@ -132,14 +160,21 @@ class Fleet:
         for server in self.servers.values():
             server.stop()
 
+    def running_since(self) -> dict[str, float]:
+        """Of the servers that somebody else runs, by arm: whatever was measured of an earlier start may be of other weights."""
+        return {name: server.running_since() for name, server in self.servers.items() if isinstance(server, RunningServer)}
+
     def need(self, names: tuple[str, ...]) -> list[str]:
-        """Bring these servers up, one after the other (two at once would profile each other's memory); which started."""
+        """Bring these servers up; which started."""
         for name, server in self.servers.items():
             if name not in names:
                 server.stop()
         started = [name for name in names if not self.servers[name].up]
-        for name in started:
-            self.servers[name].start(self._timeout_s, self._progress)
+        for at_once in [started] if self._together else [[name] for name in started]:
+            for name in at_once:
+                self.servers[name].start()
+            for name in at_once:
+                self.servers[name].wait(self._timeout_s, self._progress)
         return started
 
 
@@ -154,6 +189,15 @@ def healthy(url: str, access: Access) -> bool:
 def searchable(path: str) -> str:
     """A PATH without the folders that may not be searched, where vLLM's /server_info would fail."""
     return os.pathsep.join(folder for folder in path.split(os.pathsep) if os.access(folder or ".", os.X_OK))
+
+
+def socket_folder() -> tempfile.TemporaryDirectory[str] | None:
+    """A folder for the sockets that vLLM leaves behind; none where their addresses would be too long in it."""
+    folder = tempfile.TemporaryDirectory(prefix="arm-", ignore_cleanup_errors=True)
+    if len(folder.name) + OWN_NAME > LONGEST_ADDRESS:
+        folder.cleanup()
+        return None
+    return folder
 
 
 def refuse_taken_port(port: int) -> None:

@@ -372,8 +372,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--insecure", action="store_true", help="do not check the server's certificate")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    if options.trials < 1 or options.warmup < 0 or min(options.concurrency) < 1 or options.max_tokens < 2:
-        parser.error("trials and concurrency must be at least 1, warmup at least 0 and max-tokens at least 2")
+    lowest = min(options.trials - 1, options.warmup, options.num_prompts, min(options.concurrency) - 1, options.max_tokens - 2)
+    if lowest < 0:
+        parser.error("trials and concurrency must be at least 1, warmup and num-prompts at least 0 and max-tokens at least 2")
     return options
 
 

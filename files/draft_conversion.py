@@ -221,7 +221,7 @@ def load(template: str, folder: str, progress: Progress) -> bool:
     with open(log, "w", encoding="utf-8") as stream:
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        last = tail(log, 40)
+        last = tail(log, 200)
         print("\n".join(last), flush=True)
         raise SpecDecodeError(
             f"vLLM does not load the draft: {' / '.join(error_lines(log) or last[-3:])}",

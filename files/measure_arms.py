@@ -31,6 +31,7 @@ from spec_decode.arms import (
     arms,
     complete,
     key_of,
+    memory_is_given,
     most_prompts,
     prompts_wanted,
     remaining,
@@ -38,6 +39,7 @@ from spec_decode.arms import (
     schedule,
     warming,
 )
+from spec_decode.errors import SpecDecodeError
 from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
 from spec_decode.hardware import describe_hardware
 from spec_decode.program import PhaseResult, run
@@ -143,6 +145,11 @@ class Session:
         found = resolved.of_running(server.url, self._access, server.log)
         if found.problem:
             print(f"{found.problem}: the {name} arm's configuration was read from {found.source} instead", flush=True)
+        if wrong := resolved.contradiction(found.config, self._arms[name].speculative_config):
+            raise SpecDecodeError(
+                f"The {name} arm's server at {server.url} is not what the plan says: {wrong}.",
+                "Mend the arm's speculative_config or its url in the plan.",
+            )
         first = before or {"config": found.config, "resolved_from": found.source}
         starts = {"first start": first["config"], "this start": found.config}
         sources = {"first start": first["resolved_from"], "this start": found.source}
@@ -181,6 +188,11 @@ class Session:
                     access=self._access,
                     num_speculative_tokens=self._arms[step.arm].num_speculative_tokens,
                 )
+            if trial["engine"].get("drafts") and self._arms[step.arm].speculative_config is None:
+                raise SpecDecodeError(
+                    f"The {step.arm} arm's server at {server.url} drafted, though the plan names no speculative_config for it.",
+                    "Mend the arm's speculative_config or its url in the plan.",
+                )
             trial["device"] = device.means
             del trial["snapshots"]
             if not trial["void"]:
@@ -204,11 +216,13 @@ def main() -> None:
     # Trials of another plan, another draft, another machine, another vLLM or another client are not this measurement's.
     shaping = {name: value for name, value in plan.items() if name not in HARMLESS}
     versions = [engine_version(), sha256_file(client.__file__)]
-    known = Measurement(options.out, sha256_value([shaping, draft, platform.node(), hardware, versions]))
-    steps = schedule(plan, made, stay)
-    missing, known.trials = remaining(steps, known.trials)
     logs = os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers")
-    with Fleet(servers(plan, made, logs, access), plan["startup_timeout_s"], progress) as fleet:
+    together = memory_is_given(plan["server_arguments"])
+    with Fleet(servers(plan, made, logs, access), plan["startup_timeout_s"], progress, together) as fleet:
+        identity = sha256_value([shaping, draft, platform.node(), hardware, versions, fleet.running_since()])
+        known = Measurement(options.out, identity)
+        steps = schedule(plan, made, stay)
+        missing, known.trials = remaining(steps, known.trials)
         if missing:
             Session(plan, made, fleet, access, progress).take(missing, known)
         result.complete(

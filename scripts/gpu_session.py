@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +34,8 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4,
 #: without these vLLM 0.24 runs another model runner and another scheduler with ngram than without it
 NGRAM_ARGUMENTS, NGRAM_ENVIRONMENT = ["--no-async-scheduling"], {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 #: of a bundle, what tells what was done and found; no YAML, no features, no weights
-KEPT = ("experiment.json", "HANDOFF.md", "report.md", "report.html", "configs/*.json", "results/*.json", "jobs/servers/*.log")
+KEPT = ("experiment.json", "HANDOFF.md", "report.md", "report.html", "configs/*.json", "results/*.json",
+        "results/*.partial", "jobs/*/*.log", "train/*/metrics.jsonl")  # fmt: skip
 #: single times and answers' tokens of every request: megabytes, and no figure rests on them that is not there beside them
 DROPPED = ("requests", "snapshots")
 NOISE = re.compile(r'it/s\]|s/it\]|\d%\||"(GET|POST) /\S* HTTP/1\.1" 200|\] Route: /')
@@ -48,7 +50,7 @@ def main() -> int:
     each.add_argument("--controller", type=program, default=CONTROLLER, help="Python with ansible-core")
     each.add_argument("--target-args", default="@demo/gpu_target.args", help="arguments for demo/build_target.py")
     each.add_argument("--settings", action="append", default=[], help="further files of settings, or JSON; the last wins")
-    each.add_argument("--sweep", type=int, nargs="*", default=[1, 7], help="further values of K for the EAGLE3 draft")
+    each.add_argument("--sweep", type=numbers, default=[1, 7], metavar="K,K", help="further values of K for the EAGLE3 draft")
     each.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all if none is named")
     each = commands.add_parser("evidence", help="copy what a reader needs")
     each.add_argument("--work", type=pathlib.Path, default=ROOT / ".demo")
@@ -72,6 +74,14 @@ def program(text: str) -> str:
     return os.path.abspath(found)
 
 
+def numbers(text: str) -> list[int]:
+    """``1,7``, or nothing at all."""
+    try:
+        return [int(word) for word in text.split(",") if word]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them: 1,7") from None
+
+
 def pair(text: str) -> tuple[str, str]:
     before, equals, after = text.partition("=")
     if not before or not equals:
@@ -88,12 +98,16 @@ class Session:
         self._logs = self._work / "session"
         self._target = self._work / "targets" / TARGET
         self._times: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
 
     def run(self, stages: tuple[str, ...] | list[str]) -> int:
         self._logs.mkdir(parents=True, exist_ok=True)
+        known = self._logs / "times.json"
+        earlier = json.loads(known.read_text()) if known.is_file() else []
+        self._times = [*earlier]
         for stage in stages:
             getattr(self, stage)()
-        failed = [each["step"] for each in self._times if each["exit"]]
+        failed = [each["step"] for each in self._times[len(earlier) :] if each["exit"]]
         if failed:
             print(f"failed: {', '.join(failed)}; see the logs in {self._logs}", file=sys.stderr)
         return 1 if failed else 0
@@ -104,20 +118,27 @@ class Session:
             self._step("target", [*script, "--out", str(self._target), "--data", str(self._work / "data")])
 
     def train(self) -> None:
-        """Both drafts at once, each on half of the CPU cores: two experiments share a GPU well until they are measured."""
+        """Both drafts at once, each on half of the CPU cores: two experiments share a GPU well until they are measured.
+
+        Converting starts vLLM to see that the draft loads, which demo/gpu.yml lets it do beside another program: it tells
+        vLLM how much memory to take.
+        """
         cores = sorted(os.sched_getaffinity(0))
         halves = [cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]]
         with ThreadPoolExecutor() as pool:
             started = []
             for method, half in zip(("eagle3", "dflash"), halves):
-                command = self._play(f"method={method}", "chat_template=qwen", "spec_stop_phase=train")
+                command = self._play(f"method={method}", "chat_template=qwen", "spec_stop_phase=convert")
                 started.append(pool.submit(self._step, f"train-{method}", command, half))
         for each in started:
             each.result()
 
     def eagle3(self) -> None:
-        sweep = json.dumps({"spec_sweep_k": self._options.sweep})
-        self._step("measure-eagle3", self._play("method=eagle3", "chat_template=qwen", sweep))
+        """With the sweep; where it fails, without: what was measured of the draft's own K is judged all the same."""
+        for sweep in (self._options.sweep, []):
+            settings = json.dumps({"spec_sweep_k": sweep})
+            if self._step("measure-eagle3", self._play("method=eagle3", "chat_template=qwen", settings)) == 0 or not sweep:
+                break
 
     def dflash(self) -> None:
         self._step("measure-dflash", self._play("method=dflash", "chat_template=qwen"))
@@ -154,15 +175,17 @@ class Session:
         command = [self._options.controller, "-m", "ansible.cli.playbook", f"playbooks/{book}", "-i", "inventories/local"]
         return [*command, *(word for each in words for word in ("-e", each))]
 
-    def _step(self, name: str, command: list[str], cores: list[int] | None = None) -> None:
+    def _step(self, name: str, command: list[str], cores: list[int] | None = None) -> int:
         started = time.monotonic()
         print(f"{time.strftime('%H:%M:%S')} {name} …", flush=True)
         pinned = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command] if cores else command
-        with (self._logs / f"{name}.log").open("w") as log:
+        with (self._logs / f"{name}.log").open("a") as log:
             code = subprocess.run(pinned, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
-        self._times.append({"step": name, "seconds": round(time.monotonic() - started, 1), "exit": code})
-        (self._logs / "times.json").write_text(json.dumps(self._times, indent=1))
+        with self._lock:
+            self._times.append({"step": name, "seconds": round(time.monotonic() - started, 1), "exit": code})
+            (self._logs / "times.json").write_text(json.dumps(self._times, indent=1))
         print(f"{time.strftime('%H:%M:%S')} {name}: {'done' if code == 0 else f'exit {code}'}", flush=True)
+        return code
 
 
 def evidence(work: pathlib.Path, out: pathlib.Path, replace: dict[str, str]) -> int:
@@ -192,8 +215,8 @@ def evidence(work: pathlib.Path, out: pathlib.Path, replace: dict[str, str]) -> 
 
 def cleaned(path: pathlib.Path, words: dict[str, str]) -> str:
     """A file's text without single requests, progress bars and accesses, and with every word replaced, longest first."""
-    text = path.read_text()
-    if path.suffix == ".json":
+    text = path.read_text(errors="replace")  # a log may end within a letter
+    if path.suffix in (".json", ".partial"):
         text = json.dumps(without(json.loads(text)), indent=1) + "\n"
     if path.suffix == ".log":
         lines = (line.rstrip() for line in re.split(r"[\r\n]+", text))

@@ -23,9 +23,12 @@ OPTIONAL: dict[str, Any] = {
 }
 REQUIRED = ("model", "target", "prompts", "max_tokens", "temperature", "seed", "warmup", "trials", "concurrencies",
             "startup_timeout_s", "arms")  # fmt: skip
+WHOLE_NUMBERS = ("trials", "aa_trials", "max_tokens", "warmup")
+LISTS_OF_NUMBERS = ("concurrencies", "sweep_num_speculative_tokens")
 #: vLLM's default share of a GPU's memory, and how much all resident servers together may take
 MEMORY_SHARE, MOST_MEMORY = 0.9, 0.95
 MEMORY_FLAG = re.compile(r"^--gpu[-_]memory[-_]utilization(?:=(.*))?$")
+CACHE_FLAG = re.compile(r"^--kv[-_]cache[-_]memory[-_]bytes(=|$)")
 #: prompts for each request in flight that keep a trial's end, where the slots run empty, short beside the whole
 PROMPTS_PER_SLOT = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
@@ -85,6 +88,7 @@ def complete(plan: dict[str, Any]) -> dict[str, Any]:
     if lacks:
         raise SpecDecodeError(f"The measurement plan lacks {', '.join(lacks)}.", "See docs/measuring.md for its keys.")
     whole = {**OPTIONAL, **plan}
+    _check_kinds(whole)
     names = [arm["name"] for arm in whole["arms"]]
     if not names or len(set(names)) < len(names) or not all(NAME.match(name) for name in names):
         raise SpecDecodeError(
@@ -92,11 +96,37 @@ def complete(plan: dict[str, Any]) -> dict[str, Any]:
         )
     if whole["trials"] < 1 or not whole["concurrencies"] or min(whole["concurrencies"]) < 1 or whole["max_tokens"] < 2:
         raise SpecDecodeError("Measuring needs at least one trial, one request in flight and two tokens an answer.")
+    for name in LISTS_OF_NUMBERS:
+        if len(set(whole[name])) < len(whole[name]):
+            raise SpecDecodeError(f"The plan's {name} {whole[name]} name one value twice.", "Name each once.")
     if per_slot(whole) < 1:
         raise SpecDecodeError("A trial needs at least one prompt for each request in flight.", "Mend prompts.per_slot.")
     if whole["resident"] not in ("auto", True, False):
         raise SpecDecodeError(f"The plan's resident is {whole['resident']!r}, but must be auto, true or false.")
     return whole
+
+
+def _check_kinds(plan: dict[str, Any]) -> None:
+    """Plans are written by hand, too."""
+    wrong = [(name, plan[name], "a whole number") for name in WHOLE_NUMBERS if not _whole(plan[name])]
+    for name in LISTS_OF_NUMBERS:
+        if not isinstance(plan[name], list) or not all(map(_whole, plan[name])):
+            wrong.append((name, plan[name], "a list of whole numbers"))
+    prompts = plan["prompts"]
+    if not isinstance(prompts, dict) or not isinstance(prompts.get("path"), str) or not _whole(prompts.get("count")):
+        wrong.append(("prompts", prompts, "{path: a file, count: a whole number}"))
+    if not isinstance(plan["target"], dict) or not isinstance(plan["target"].get("path"), str):
+        wrong.append(("target", plan["target"], "{path: a folder}"))
+    arms_of = plan["arms"]
+    if not isinstance(arms_of, list) or not all(isinstance(arm, dict) and isinstance(arm.get("name"), str) for arm in arms_of):
+        wrong.append(("arms", arms_of, "a list of {name: a text, ...}"))
+    if wrong:
+        name, value, wanted = wrong[0]
+        raise SpecDecodeError(f"The plan's {name} is {value!r}, but must be {wanted}.", "See docs/measuring.md for its keys.")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def prompts_wanted(plan: dict[str, Any], concurrency: int) -> int:
@@ -190,6 +220,11 @@ def memory_share(server_arguments: list[str]) -> float:
     return share
 
 
+def memory_is_given(server_arguments: list[str]) -> bool:
+    """Whether each server is told the size of its KV cache, so that none has to find out how much memory is left."""
+    return any(CACHE_FLAG.match(argument) for argument in server_arguments)
+
+
 def schedule(plan: dict[str, Any], made: dict[str, Arm], stay: bool) -> list[Step]:
     """Every trial in its order.
 
@@ -203,11 +238,11 @@ def schedule(plan: dict[str, Any], made: dict[str, Arm], stay: bool) -> list[Ste
     steps: list[Step] = []
     for block in blocks:
         steps += _ordered(names, block, range(1, trials + 1), range(trials + 1, trials + extra + 1), "compare", stay)
-    first = trials + extra + 1
-    for name in (name for name, arm in made.items() if arm.sweep):
+    for name, k in ((name, arm.num_speculative_tokens or 0) for name, arm in made.items() if arm.sweep):
+        # Numbered by K, so that they are the same pairs whatever else is swept.
+        first = trials + extra + 1 + k * trials
         for block in blocks:
             steps += _ordered([names[0], name], block, range(first, first + trials), range(0), "sweep", stay)
-        first += trials
     return steps
 
 

@@ -57,7 +57,7 @@ def served_layers_problem(captured: list[int], draft_config: dict[str, Any], met
 def diagnose(shape: dict[str, Any], limits: dict[str, float], evidence: Evidence) -> Diagnosis:
     """The likely cause of a loss at one concurrency: what is certain first, then what the figures say."""
     trained, standing = shape["arms"]["trained"], shape["arms"]["standing"]
-    rates, length, speedup = trained["acceptance_per_position"], trained["acceptance_length"], shape["speedup_tpot"]
+    rates, length, speedup = trained["acceptance_per_position"], trained["tokens_per_step"], shape["speedup_tpot"]
     method = str((trained["speculative_config"] or {}).get("method", ""))
     accuracy = levers.training_accuracy(evidence.train, 0)
     problem = evidence.layers_problem
@@ -81,10 +81,10 @@ def diagnose(shape: dict[str, Any], limits: dict[str, float], evidence: Evidence
             + ("" if accuracy is None else f" Training reached {accuracy:.2f}: train longer, on closer data.")
         )
     if speedup >= 1 + shape["noise_floor"]:
-        if length < standing["acceptance_length"]:
+        if length < standing["tokens_per_step"]:
             return "fewer_accepted", (
                 f"It is faster, but accepts fewer tokens a step than the standing arm ({length:.2f} against"
-                f" {standing['acceptance_length']:.2f}): its drafting is cheaper. Try a larger K."
+                f" {standing['tokens_per_step']:.2f}): its drafting is cheaper. Try a larger K."
             )
         return "guardrail", "It is faster, but breaks a guardrail of this gate: see the reasons."
     better = _better_k(shape)
@@ -93,7 +93,7 @@ def diagnose(shape: dict[str, Any], limits: dict[str, float], evidence: Evidence
     cost = shape["step_cost"]
     words = "" if cost is None else f" A step costs {cost:.2f} times one without speculation, so that is the break-even."
     return "draft_too_slow", (
-        f"The draft is too slow for what it saves: acceptance length {length:.2f} gives a TPOT speed-up of"
+        f"The draft is too slow for what it saves: {length:.2f} tokens a step give a TPOT speed-up of"
         f" {speedup:.2f}.{words} Try a smaller K, a smaller draft or a lower concurrency."
     )
 

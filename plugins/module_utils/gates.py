@@ -41,7 +41,7 @@ def evaluate(gate: str, evidence: Evidence, thresholds: Thresholds | None = None
     if gate not in GATES:
         raise SpecDecodeError(f"There is no gate {gate!r}.", f"Choose one of {', '.join(sorted(GATES))}.")
     try:
-        return GATES[gate](evidence, thresholds or {})
+        return GATES[gate](evidence, limits(gate, thresholds or {}))
     except (KeyError, TypeError, IndexError) as error:
         return GateResult(
             False,
@@ -50,6 +50,25 @@ def evaluate(gate: str, evidence: Evidence, thresholds: Thresholds | None = None
             "The phase did not finish, or another version wrote its result.",
             "Run the phase again.",
         )
+
+
+def limits(gate: str, thresholds: Thresholds) -> Thresholds:
+    """A gate's limits: its defaults, and over them what is given, which must be numbers of its own."""
+    found: Thresholds = dict(LIMITS[gate])
+    for name, value in thresholds.items():
+        if name in EXPECTED.get(gate, ()):
+            found[name] = value
+            continue
+        if name not in LIMITS[gate]:
+            known = ", ".join(sorted(LIMITS[gate])) or "none"
+            raise SpecDecodeError(
+                f"spec_thresholds.{gate} has {name!r}, which the {gate} gate does not know.", f"Its thresholds: {known}."
+            )
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            raise SpecDecodeError(f"spec_thresholds.{gate}.{name} is {value!r}, but must be a number.") from None
+    return found
 
 
 def preflight(evidence: Evidence, thresholds: Thresholds) -> GateResult:
@@ -69,7 +88,7 @@ def dataset(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     """The expected count; every row renders; the loss mask covers assistant tokens only and is never empty."""
     found = evidence["dataset"]
     rows = found["counts"]["train"] + found["counts"]["eval"]
-    allowed = float(thresholds.get("max_mask_outside_fraction", 0.0)) * rows
+    allowed = thresholds["max_mask_outside_fraction"] * rows
     reasons = [
         f"{found['counts'][part]} {part} rows instead of {found['expected'][part]}"
         for part in ("train", "eval")
@@ -117,10 +136,10 @@ def capture(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     if not probe["samples"]:
         reasons.append("the capture probe looked at no sample")
     head = probe["lm_head_argmax_agreement"]
-    if head is not None and head < float(thresholds.get("min_head_agreement", 0.999)):
+    if head is not None and head < thresholds["min_head_agreement"]:
         reasons.append(f"the LM head on the captured last state names the target's next token in {head:.1%} of positions")
     named = probe.get("next_token_agreement")
-    if named is not None and named < float(thresholds.get("min_next_token_agreement", 0.2)):
+    if named is not None and named < thresholds["min_next_token_agreement"]:
         reasons.append(f"the LM head on the captured last state names the text's next token in only {named:.1%} of positions")
     if probe["aux_max_abs_diff"] is not None and probe["aux_max_abs_diff"] > tolerance:
         reasons.append(f"captured aux states differ from the target's own by {probe['aux_max_abs_diff']:.3f}, relative")
@@ -144,7 +163,7 @@ def training(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     """The loss fell, the first position's accuracy is not degenerate, nothing was NaN."""
     found = evidence["train"]
     first, last = found["first"], found["last"]
-    least = float(thresholds.get("min_accuracy", 0.5))
+    least = thresholds["min_accuracy"]
     accuracy = last.get("acc_0", last.get("acc"))
     reasons = []
     if found["steps"] < found["max_steps"]:
@@ -208,8 +227,8 @@ def overfit(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     engines = [trial["engine"] for trial in evidence["acceptance"]["trials"] if trial["arm"] == "trained" and not trial["void"]]
     drafted = sum(engine["draft_tokens"] for engine in engines)
     share = sum(engine["accepted_tokens"] for engine in engines) / drafted if drafted else 0.0
-    learned = min(accuracies) >= float(thresholds.get("min_accuracy", 0.95))
-    accepted = share >= float(thresholds.get("min_accepted_share", 0.85))
+    learned = min(accuracies) >= thresholds["min_accuracy"]
+    accepted = share >= thresholds["min_accepted_share"]
     if learned:
         cause = "the draft is served otherwise than it was trained: layers, chat template, vocabulary mapping or conversion."
         remedy = "Compare layers_captured and layers_served in results/convert.json, and the prompt with the training row."
@@ -262,6 +281,19 @@ def promotion(evidence: Evidence, thresholds: Thresholds) -> GateResult:
     )
 
 
+#: by gate, its thresholds with their defaults
+LIMITS: dict[str, dict[str, float]] = {
+    "preflight": {},
+    "dataset": {"max_mask_outside_fraction": 0.0},
+    "capture": {"min_head_agreement": 0.999, "min_next_token_agreement": 0.2},
+    "training": {"min_accuracy": 0.5},
+    "artifact": {},
+    "overfit": {"min_accuracy": 0.95, "min_accepted_share": 0.85},
+    "acceptance": verdict.LIMITS,
+    "promotion": {},
+}
+#: what a phase hands its gate beside them: no numbers, and none of the user's
+EXPECTED = {"capture": ("layers",)}
 GATES: dict[str, Callable[[Evidence, Thresholds], GateResult]] = {
     "preflight": preflight,
     "dataset": dataset,

@@ -89,7 +89,7 @@ def frontier(
 ) -> list[dict[str, Any]]:
     """Levers with expected unlock (a factor on the speed-up), cost and the gate that proves or refutes each, ranked."""
     trained = shape["arms"]["trained"]
-    rates, length = trained["acceptance_per_position"], trained["acceptance_length"]
+    rates, length = trained["accepted_per_step"], trained["tokens_per_step"]
     if not rates:
         return []
     levers = [

@@ -77,7 +77,7 @@ def _row(concurrency: int, name: str, measured: dict[str, Any], speedup: float) 
         "concurrency": str(concurrency),
         "arm": name,
         "speculation": speculation(arm["speculative_config"]),
-        "acceptance_length": f"{arm['acceptance_length']:.2f}" if arm["drafts"] else "–",
+        "acceptance_length": _accepted(arm) if arm["drafts"] else "–",
         "per_position": " ".join(f"{rate:.2f}" for rate in arm["acceptance_per_position"]) or "–",
         "tpot": f"{tpot['mean']:.2f} ± {tpot['std']:.2f}",
         # The median of its pairs' ratios: of a baseline there is none.
@@ -86,6 +86,12 @@ def _row(concurrency: int, name: str, measured: dict[str, Any], speedup: float) 
         "throughput": f"{arm['output_tokens_per_s']['median']:.0f}",
         "trials": str(len(tpot["trials"])),
     }
+
+
+def _accepted(arm: dict[str, Any]) -> str:
+    """The acceptance length, and the tokens a step where some steps have no draft."""
+    length, per_step = arm["acceptance_length"], arm["tokens_per_step"]
+    return f"{length:.2f}" if per_step == length else f"{length:.2f} ({per_step:.2f} a step)"
 
 
 def speculation(config: dict[str, Any] | None) -> str:

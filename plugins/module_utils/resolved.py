@@ -237,6 +237,23 @@ def speculative_differences(configs: dict[str, dict[str, Any]]) -> list[dict[str
     return [found for found in _unequal(configs) if _is_speculation(found["field"]) and not COPIES.match(found["field"])]
 
 
+def contradiction(config: dict[str, Any], planned: dict[str, Any] | None) -> str:
+    """Where a server speculates otherwise than an arm is meant to; empty where it does not, or does not tell."""
+    tokens, method = (config.get(f"speculative_config.{name}") for name in ("num_speculative_tokens", "method"))
+    if not planned:
+        return f"it drafts {tokens} tokens by {method}, and should not speculate" if tokens else ""
+    if "speculative_config" in config and config["speculative_config"] is None:
+        return "it does not speculate"
+    wanted = planned.get("num_speculative_tokens")
+    if tokens is not None and wanted is not None and tokens != wanted:
+        return f"it drafts {tokens} tokens, and should draft {wanted}"
+    # Of layers of the target's own the server names the kind, whatever it was called.
+    named = planned.get("method")
+    if method is not None and named is not None and method != named and not (method.endswith("mtp") and named.endswith("mtp")):
+        return f"it drafts by {method}, and should by {named}"
+    return ""
+
+
 def _is_speculation(field: str) -> bool:
     return field == "speculative_config" or any(part in field for part in SPECULATION)
 

@@ -5,7 +5,7 @@
 
 Decoding is bound by memory traffic (Pope et al. 2022, "Efficiently Scaling Transformer Inference", section 2). One
 step of a server with c requests in flight reads the target's weights once, the draft's weights once a drafting pass,
-and every request's KV cache, and yields c·τ tokens, τ being the acceptance length:
+and every request's KV cache, and yields c·τ tokens, τ being the tokens a step (of a draft head, the acceptance length):
 
     bytes per accepted token = (weights + passes · draft + c · KV bytes a token · context) / (c · τ)
 
@@ -64,7 +64,7 @@ def traffic(
 
 
 def share(
-    arm: dict[str, Any], resolved: dict[str, Any], concurrency: int, facts: dict[str, Any], bandwidth: float
+    arm: dict[str, Any], resolved: dict[str, Any], concurrency: float, facts: dict[str, Any], bandwidth: float
 ) -> dict[str, Any] | None:
     """%SoL of an arm's decode with everything it rests on; ``None`` where a part is unknown.
 
@@ -72,16 +72,18 @@ def share(
     """
     if any(facts.get(name) is None for name in ("weight_bytes", "draft_bytes", "draft_passes", "kv_bytes_per_token")):
         return None
+    # Each replica reads its own weights, for its share of the requests.
+    concurrency = concurrency / int(resolved["data_parallel"])
     devices = int(resolved["tensor_parallel"]) * int(resolved["pipeline_parallel"])
     context = arm["input_tokens_mean"] + arm["output_tokens_mean"] / 2
     step = (
         facts["weight_bytes"] + facts["draft_passes"] * facts["draft_bytes"] + concurrency * facts["kv_bytes_per_token"] * context
     )
-    tpot_ms = 1e3 * step / (bandwidth * devices) / arm["acceptance_length"]
+    tpot_ms = 1e3 * step / (bandwidth * devices) / arm["tokens_per_step"]
     return {
         **{name: facts[name] for name in ("weight_bytes", "draft_bytes", "draft_passes", "kv_bytes_per_token")},
         "context_tokens": context,
-        "bytes_per_accepted_token": step / (concurrency * arm["acceptance_length"]),
+        "bytes_per_accepted_token": step / (concurrency * arm["tokens_per_step"]),
         "devices": devices,
         "tpot_ms_at_sol": tpot_ms,
         "percent": 100 * tpot_ms / arm["tpot_ms"]["median"],

@@ -17,9 +17,10 @@ from . import context, diagnosis, levers, sol
 from .errors import SpecDecodeError
 from .files import sha256_value
 from .statistics import Comparison, Trial, compare, describe
+from .vllm_metrics import on_this_machine
 
 STANDING, TRAINED = "standing", "trained"
-DEFAULTS: dict[str, float] = {
+LIMITS: dict[str, float] = {
     "min_trials": 3,
     "min_acceptance_length": 1.0,
     "max_ttft_p99_ratio": 1.5,
@@ -61,7 +62,7 @@ def judge(
     vLLM read of the served draft, ``draft_bytes`` the size of its weights. ``ceilings`` and ``target_config`` give
     %SoL, ``profile`` says what else was captured, ``ledger`` what earlier runs settled.
     """
-    limits = {**DEFAULTS, **(thresholds or {})}
+    limits = {**LIMITS, **(thresholds or {})}
     _check_arms(acceptance)
     evidence = diagnosis.Evidence(convert, train, draft_config)
     grounding = _Grounding(acceptance, ceilings or {}, target_config, profile, draft_bytes or _stored_bytes(convert))
@@ -73,7 +74,7 @@ def judge(
     # A draft that wins at one load and loses at another is not one to ship for both.
     decision = head["decision"] if len(decisions) == 1 else "do_not_ship" if "do_not_ship" in decisions else "inconclusive"
     cause, words = diagnosis.overall(decision, shapes)
-    method = str((acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method", "none"))
+    method = _method(acceptance["arms"][TRAINED])
     found = {
         "decision": decision,
         "tier": "DRAFT" if reasons else "VERDICT",
@@ -208,10 +209,10 @@ def _shape(
     tpot = _compare(usable, TRAINED, lambda trial: trial["client"]["tpot_ms"]["median"])
     speculates = arms[STANDING]["drafts"] > 0
     cost = None if speculates else _step_cost(arms)
-    length = arms[TRAINED]["acceptance_length"]
-    accepted = _compare(usable, TRAINED, lambda trial: 1 / _acceptance_length([trial["engine"]]))
+    methods = {name: _method(acceptance["arms"][name]) for name in arms}
+    accepted = _compare(usable, TRAINED, lambda trial: 1 / _tokens_per_step([trial["engine"]], methods[trial["arm"]]))
     wins, losses, notes = _outcome(concurrency, arms, tpot, accepted, cost, limits)
-    red = _guardrails(arms, limits, tpot.median, length, speculates, acceptance["plan"]["temperature"], trials)
+    red = _guardrails(arms, limits, tpot.median, speculates, acceptance["plan"]["temperature"], trials)
     ratio = arms[TRAINED]["ttft_p99_ms"]["median"] / arms[STANDING]["ttft_p99_ms"]["median"]
     if ratio > limits["max_ttft_p99_ratio"]:
         losses.append(f"p99 of the time to first token is {ratio:.2f} times the standing arm's; it must stay below"
@@ -270,7 +271,9 @@ def _outcome(
     limits: dict[str, float],
 ) -> tuple[list[str], list[str], list[str]]:
     """What wins, what loses and what nobody can tell, of TPOT and acceptance length."""
-    length, base = arms[TRAINED]["acceptance_length"], arms[STANDING]["acceptance_length"]
+    length, base = arms[TRAINED]["tokens_per_step"], arms[STANDING]["tokens_per_step"]
+    # Prompt lookup drafts on some steps only: what it accepts of a draft is not what it yields a step.
+    what = "tokens a step" if any(looks_up(_method(arm)) for arm in arms.values()) else "acceptance length"
     rates = arms[TRAINED]["acceptance_per_position"]
     lists: dict[int, list[str]] = {1: [], -1: [], 0: []}
     test = (
@@ -283,7 +286,7 @@ def _outcome(
     if cost is None:
         # Both arms speculate: acceptance length is compared like TPOT, pair by pair.
         lists[accepted.direction].append(
-            f"acceptance length {length:.2f} against the standing arm's {base:.2f}, noise floor {accepted.floor:.1%}"
+            f"{what} {length:.2f} against the standing arm's {base:.2f}, noise floor {accepted.floor:.1%}"
         )
     else:
         # Without speculation it is 1 by definition, which any draft exceeds: it must exceed what a step costs.
@@ -292,7 +295,7 @@ def _outcome(
         # Below break-even and slower are one thing, measured once: the pairs decide it, not two medians.
         direction = 1 if length > needed else -1 if hopeless or tpot.direction == -1 else 0
         lists[direction].append(
-            f"acceptance length {length:.2f} against a break-even of {cost:.2f} at the measured step cost"
+            f"{what} {length:.2f} against a break-even of {cost:.2f} at the measured step cost"
             + (f"; only {rates[0]:.2f} of first positions are accepted" if hopeless else "")
         )
     return lists[1], lists[-1], lists[0]
@@ -310,7 +313,7 @@ def _compare(trials: list[dict[str, Any]], tested: str, figure: Any) -> Comparis
 
 def _step_cost(arms: dict[str, dict[str, Any]], tested: str = TRAINED) -> float:
     """What a speculative step costs relative to one without: TPOT ratio times tokens a step. Also the break-even."""
-    return float(arms[tested]["tpot_ms"]["median"] * arms[tested]["acceptance_length"] / arms[STANDING]["tpot_ms"]["median"])
+    return float(arms[tested]["tpot_ms"]["median"] * arms[tested]["tokens_per_step"] / arms[STANDING]["tpot_ms"]["median"])
 
 
 def _sweep(
@@ -333,8 +336,8 @@ def _sweep(
             {
                 "arm": name,
                 "k": int(arm["num_speculative_tokens"]),
-                "rates": arms[name]["acceptance_per_position"],
-                "acceptance_length": arms[name]["acceptance_length"],
+                "rates": arms[name]["accepted_per_step"],
+                "acceptance_length": arms[name]["tokens_per_step"],
                 "tpot_ms": arms[name]["tpot_ms"],
                 "step_cost": _step_cost(arms, name),
                 "speedup": tpot.median,
@@ -362,30 +365,53 @@ def _draft_lengths(
         return None  # against a standing arm that speculates itself, a step's cost has no common unit
     trained = arms[TRAINED]
     own = {
-        "k": len(trained["acceptance_per_position"]), "rates": trained["acceptance_per_position"],
-        "acceptance_length": trained["acceptance_length"], "step_cost": cost, "speedup": speedup,
+        "k": len(trained["acceptance_per_position"]), "rates": trained["accepted_per_step"],
+        "acceptance_length": trained["tokens_per_step"], "step_cost": cost, "speedup": speedup,
     }  # fmt: skip
     return levers.draft_lengths([own, *sweep], arms[STANDING]["tpot_ms"]["median"])
 
 
-def _acceptance_length(engines: list[dict[str, Any]]) -> float:
+def _method(arm: dict[str, Any]) -> str:
+    return str((arm["speculative_config"] or {}).get("method", "none"))
+
+
+def looks_up(method: str) -> bool:
+    """Whether a method finds its drafts in the text itself, and drafts nothing where it finds none."""
+    return method in LOOKUP
+
+
+def _steps(engines: list[dict[str, Any]], method: str) -> float:
+    """How many steps gave the requests their tokens after the first.
+
+    A draft head drafts on each of them. Of prompt lookup vLLM counts only the drafts that were made; the steps are the
+    observations of its inter-token latency, one for each output after a request's first, whatever it held.
+    """
+    drafts = float(sum(engine["drafts"] for engine in engines))
+    if looks_up(method) and all(engine.get("itl_s") for engine in engines):
+        return max(drafts, float(sum(engine["itl_s"]["count"] for engine in engines)))
+    return drafts
+
+
+def _tokens_per_step(engines: list[dict[str, Any]], method: str) -> float:
     """Ratio of sums. Without speculation every step yields the one token that the target computes: 1 by definition."""
-    drafts = sum(engine["drafts"] for engine in engines)
-    return 1 + sum(engine.get("accepted_tokens", 0) for engine in engines) / drafts if drafts else 1.0
+    steps = _steps(engines, method)
+    return 1 + sum(engine.get("accepted_tokens", 0) for engine in engines) / steps if steps else 1.0
 
 
 def _arm(trials: list[dict[str, Any]], arm: dict[str, Any]) -> dict[str, Any]:
     engines = [trial["engine"] for trial in trials]
     drafts = sum(engine["drafts"] for engine in engines)
-    positions = max((len(engine["acceptance_per_position"]) for engine in engines), default=0)
+    steps = _steps(engines, _method(arm))
+    positions = range(max((len(engine["acceptance_per_position"]) for engine in engines), default=0))
+    accepted = [sum(e["acceptance_per_position"][place] * e["drafts"] for e in engines) for place in positions]
     client = [trial["client"] for trial in trials]
     return {
         "speculative_config": arm["speculative_config"],
         "drafts": drafts,
-        "acceptance_length": _acceptance_length(engines),
-        "acceptance_per_position": [
-            sum(e["acceptance_per_position"][place] * e["drafts"] for e in engines) / drafts for place in range(positions)
-        ],
+        "acceptance_length": 1 + sum(e.get("accepted_tokens", 0) for e in engines) / drafts if drafts else 1.0,
+        "acceptance_per_position": [count / drafts for count in accepted],
+        "tokens_per_step": _tokens_per_step(engines, _method(arm)),
+        "accepted_per_step": [count / steps for count in accepted],
         "tpot_ms": describe([c["tpot_ms"]["median"] for c in client]),
         "itl_ms": describe([1e3 * e["itl_s"]["mean"] for e in engines if e.get("itl_s")] or [0.0]),
         "ttft_ms": describe([c["ttft_ms"]["median"] for c in client]),
@@ -411,7 +437,6 @@ def _guardrails(
     arms: dict[str, dict[str, Any]],
     limits: dict[str, float],
     speedup: float,
-    length: float,
     speculates: bool,
     temperature: float,
     trials: list[dict[str, Any]],
@@ -431,10 +456,12 @@ def _guardrails(
         if across > within + limits["max_text_mismatch"]:
             red.append(f"{across:.0%} of greedy answers differ between the arms, {within:.0%} within one; speculation must not"
                        " change them")  # fmt: skip
+    length = trained["tokens_per_step"]
     if not speculates and speedup > length * (1 + limits["impossible_tolerance"]):
-        red.append(f"a TPOT speed-up of {speedup:.2f} is impossible with an acceptance length of {length:.2f}")
+        red.append(f"a TPOT speed-up of {speedup:.2f} is impossible with {length:.2f} tokens a step")
     rates = trained["acceptance_per_position"]
-    if length > 1 + len(rates) + 1e-6 or any(after > before + 1e-6 for before, after in itertools.pairwise(rates)):
+    rising = any(after > before + 1e-6 for before, after in itertools.pairwise(rates))
+    if rising or trained["acceptance_length"] > 1 + len(rates) + 1e-6:
         red.append(f"acceptance by position {_figures(rates)} is impossible: a position counts only after those before it")
     return red
 
@@ -466,7 +493,8 @@ def tier_reasons(
     for difference in acceptance["differences"]:
         if not difference.get("follows_from_speculation"):
             reasons.append(f"the servers differ in {difference['field']}: {difference['values']}")
-    method = str((acceptance["arms"][TRAINED]["speculative_config"] or {}).get("method", "none"))
+    reasons += _whereabouts(acceptance, compared)
+    method = _method(acceptance["arms"][TRAINED])
     if dataset is None and not has_no_draft(method):
         reasons.append("nothing proves that training never saw the prompts")
     elif dataset is not None and dataset["overlap_train_eval"]:
@@ -474,12 +502,25 @@ def tier_reasons(
     return reasons
 
 
+def _whereabouts(acceptance: dict[str, Any], compared: dict[str, dict[str, Any]]) -> list[str]:
+    """Why node and hardware of servers that run elsewhere are not known; a cluster tells, or the plan."""
+    if "kubernetes" in acceptance or acceptance["plan"].get("served_on"):
+        return []
+    elsewhere = [arm["url"] for arm in compared.values() if arm.get("url") and not on_this_machine(arm["url"])]
+    if not elsewhere:
+        return []
+    return [
+        f"arms are served elsewhere ({', '.join(elsewhere)}), and nothing tells that it is one node, nor its hardware:"
+        " name served_on in the plan"
+    ]
+
+
 def has_no_draft(method: str) -> bool:
     """Whether a method needs no draft: prompt lookup, or layers that are part of the target (``mtp`` by any of its names).
 
     Nothing is trained for it, so that every prompt is held out.
     """
-    return method in LOOKUP or method == "mtp" or method.endswith("_mtp")
+    return looks_up(method) or method == "mtp" or method.endswith("_mtp")
 
 
 def _held_out(dataset: dict[str, Any] | None, method: str) -> str:

@@ -42,7 +42,7 @@ def trial(arm, pair, tpot, rates=(), concurrency=1, **client):
             "drafts": drafts,
             "accepted_tokens": drafts * sum(rates),
             "acceptance_per_position": list(rates),
-            "itl_s": {"mean": tpot / 1e3},
+            "itl_s": {"mean": tpot / 1e3, "count": drafts or 1000.0},
         },
     }
 

@@ -81,7 +81,11 @@ def test_sweep_makes_an_arm_for_every_other_k():
     assert made["trained-k5"].speculative_config == {"method": "eagle3", "model": "/drafts/a", "num_speculative_tokens": 5}
     swept = [step for step in arms.schedule(whole, made, True) if step.purpose == "sweep"]
     assert {step.up for step in swept} == {("standing", "trained-k2"), ("standing", "trained-k5")}
-    assert {step.pair for step in swept} == {4, 5, 6, 7, 8, 9}
+    # Three pairs of the comparison come first; a K keeps its numbers whatever else is swept.
+    assert {step.pair for step in swept if "trained-k5" in step.up} == {19, 20, 21}
+    alone = plan(sweep_num_speculative_tokens=[5], concurrencies=[1, 2])
+    others = arms.schedule(alone, arms.arms(alone, DRAFT), True)
+    assert {step.key for step in others} <= {step.key for step in arms.schedule(whole, made, True)}
 
 
 @given(
@@ -138,6 +142,12 @@ def test_arm_that_runs_already():
         ({"resident": "perhaps"}, "must be auto, true or false"),
         ({"arms": []}, "at least one"),
         ({"arms": [{"name": "../x"}, {"name": "b"}]}, "lower-case letters, digits and hyphens"),
+        ({"trials": "3"}, "The plan's trials is '3', but must be a whole number"),
+        ({"concurrencies": 8}, "concurrencies is 8, but must be a list of whole numbers"),
+        ({"concurrencies": [1, 8, 1]}, r"concurrencies \[1, 8, 1\] name one value twice"),
+        ({"prompts": {"path": "p"}}, "prompts is .*, but must be {path: a file, count: a whole number}"),
+        ({"target": "/t"}, "target is '/t', but must be {path: a folder}"),
+        ({"arms": [{"speculative_config": None}]}, "arms is .*, but must be a list of {name: a text"),
     ],
 )
 def test_plan_that_cannot_be_measured(changes, words):

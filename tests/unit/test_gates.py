@@ -129,3 +129,12 @@ def test_dflash_has_one_accuracy():
 def test_unknown_gate():
     with pytest.raises(SpecDecodeError, match="no gate 'vibes'"):
         gates.evaluate("vibes", {})
+
+
+def test_threshold_that_no_gate_knows_or_that_is_no_number_is_refused():
+    with pytest.raises(SpecDecodeError, match="spec_thresholds.training has 'min_acuracy'.* Its thresholds: min_accuracy"):
+        gates.evaluate("training", {}, {"min_acuracy": 0.9})
+    with pytest.raises(SpecDecodeError, match="spec_thresholds.acceptance.min_trials is 'five', but must be a number"):
+        gates.evaluate("acceptance", {}, {"min_trials": "five"})
+    # What a template made of a number is one.
+    assert gates.limits("acceptance", {"min_trials": "5"})["min_trials"] == 5

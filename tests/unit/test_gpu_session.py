@@ -32,7 +32,7 @@ def session(monkeypatch, tmp_path):
         given.append(command)
         stdout.write("played\n")
         settings = settings_of(command)
-        fails = settings.get("method") == "dflash" and "spec_stop_phase" not in settings
+        fails = (settings.get("method") == "dflash" and "spec_stop_phase" not in settings) or settings.get("spec_sweep_k") == [9]
         return subprocess.CompletedProcess(command, 3 if fails else 0)
 
     monkeypatch.setattr(gpu_session.subprocess, "run", run)
@@ -73,13 +73,13 @@ def test_one_thing_after_the_other_and_a_failure_does_not_end_it(session, tmp_pa
         tmp_path, "gpu-chat-eagle3", results__convert_json={"draft_dir": "/d/1"},
         experiment_json={"num_speculative_tokens": 3, "serving": serving},
     )  # fmt: skip
-    assert start("run", "--work", str(tmp_path), "--sweep", "1", "5", "--settings", '{"spec_prompts": 8}') == 1
+    assert start("run", "--work", str(tmp_path), "--sweep", "1,5", "--settings", '{"spec_prompts": 8}') == 1
     assert "failed: measure-dflash" in capsys.readouterr().err
     target, *trainings, eagle3, ngram, dflash = given
     assert target[1] == "demo/build_target.py"
     # Side by side, on different cores, and no further than training: nothing else may be measured meanwhile.
     assert {settings_of(each)["method"] for each in trainings} == {"eagle3", "dflash"}
-    assert all(settings_of(each)["spec_stop_phase"] == "train" for each in trainings)
+    assert all(settings_of(each)["spec_stop_phase"] == "convert" for each in trainings)
     pinned = {each[2] for each in trainings if each[0] == "taskset"}
     assert len(pinned) == min(2, len(os.sched_getaffinity(0)))
     assert settings_of(eagle3)["spec_sweep_k"] == [1, 5] and settings_of(eagle3)["spec_prompts"] == 8
@@ -101,6 +101,20 @@ def test_sweep_without_being_told_fits_the_servers_graphs(session, tmp_path):
     slots = next(int(word.partition("=")[2]) for word in arguments if word.startswith("--max-num-seqs="))
     swept = settings_of(given[0])["spec_sweep_k"]
     assert swept and all(slots % (tokens + 1) == 0 for tokens in swept)
+
+
+def test_sweep_that_fails_costs_no_verdict_on_the_draft_s_own_k(session, tmp_path):
+    _module, start, given = session
+    assert start("run", "--work", str(tmp_path), "--sweep", "9", "eagle3") == 1
+    assert [settings_of(each)["spec_sweep_k"] for each in given] == [[9], []]
+
+
+def test_second_start_keeps_what_the_first_one_told(session, tmp_path):
+    _module, start, _given = session
+    for _time in range(2):
+        start("run", "--work", str(tmp_path), "--sweep=1", "eagle3")
+    assert (tmp_path / "session/measure-eagle3.log").read_text() == "played\nplayed\n"
+    assert [each["step"] for each in json.loads((tmp_path / "session/times.json").read_text())] == ["measure-eagle3"] * 2
 
 
 def test_target_that_is_there_is_not_built_again(session, tmp_path):
@@ -128,6 +142,7 @@ def test_ngram_without_a_draft_to_measure_says_what_to_run_first(session, tmp_pa
     ("words", "reason"),
     [
         (("run", "--engine", "/none/python"), "/none/python is no program that can be started"),
+        (("run", "--sweep", "eagle3", "dflash"), "'eagle3' must be whole numbers with commas between them"),
         (("evidence", "--out", "o", "--replace", "/opt/cuda"), "must say what is replaced by what"),
     ],
 )
@@ -148,6 +163,8 @@ def test_evidence_says_nothing_of_the_machine_and_leaves_single_requests_out(ses
             "trials": [{"client": {"requests": 2}, "requests": [{"ttft": 1}], "snapshots": {"a": 1}}],
         },
     )  # fmt: skip
+    cut_off = {"trials": [{"arm": "standing", "requests": [{"ttft": 1}]}]}
+    (here / "results/acceptance.json.partial").write_text(json.dumps(cut_off))
     (here / "data").mkdir()
     (here / "data/train.jsonl").write_text("a row\n")
     (here / "jobs/servers").mkdir(parents=True)
@@ -161,6 +178,8 @@ def test_evidence_says_nothing_of_the_machine_and_leaves_single_requests_out(ses
         "node": "node1", "target": "/models/gpu-chat", "draft": "/srv/spec/drafts/1", "trials": [{"client": {"requests": 2}}],
     }  # fmt: skip
     assert (out / "gpu-chat-eagle3/jobs/servers/server-standing.log").read_text() == "Loading /opt/engine/vllm on node1\nready\n"
+    partial = json.loads((out / "gpu-chat-eagle3/results/acceptance.json.partial").read_text())
+    assert partial == {"trials": [{"arm": "standing"}]}
     assert not (out / "gpu-chat-eagle3/data").exists()
 
 

@@ -385,6 +385,50 @@ def test_win_at_one_load_and_loss_at_another_is_the_wrong_regime():
     assert "wins at concurrency 1 and loses at 8" in result["diagnosis"]
 
 
+@pytest.mark.parametrize(
+    ("urls", "served_on", "known"),
+    [
+        (("http://a:8000", "http://b:8000"), {}, False),
+        (("http://a:8000", "http://a:8001"), {}, False),
+        (("http://a:8000", "http://a:8001"), {"node": "a"}, True),
+        (("http://127.0.0.1:1", "http://localhost:2"), {}, True),
+    ],
+)
+def test_servers_elsewhere_are_on_one_node_only_if_somebody_says_so(urls, served_on, known):
+    found = measurement(*WIN)
+    found["plan"]["served_on"] = served_on
+    for name, url in zip(("standing", "trained"), urls):
+        found["arms"][name]["url"] = url
+    result = judge(found)
+    assert (result["tier"] == "VERDICT") is known
+    assert any("served elsewhere" in reason for reason in result["tier_reasons"]) is not known
+
+
+def looking_up(found, arm, share_of_steps):
+    """Prompt lookup, which drafts on a share of the steps only."""
+    found["arms"][arm]["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3}
+    for each in (each for each in found["trials"] if each["arm"] == arm):
+        each["engine"]["itl_s"]["count"] = each["engine"]["drafts"] / share_of_steps
+    return found
+
+
+def test_what_lookup_accepts_of_a_draft_is_not_what_it_yields_a_step():
+    found = looking_up(measurement(*WIN, rates=(0.7, 0.5, 0.4), base_rates=(0.9, 0.9, 0.9)), "standing", 0.2)
+    result = judge(found)
+    assert result["decision"] == "ship"
+    standing = result["shapes"][0]["arms"]["standing"]
+    assert (standing["acceptance_length"], standing["tokens_per_step"]) == (pytest.approx(3.7), pytest.approx(1.54))
+    assert any("tokens a step 2.60 against the standing arm's 1.54" in reason for reason in result["reasons"])
+
+
+def test_step_cost_of_lookup_counts_the_steps_without_a_draft():
+    """Recorded on a GPU: 373 drafts on 1856 steps, at concurrency 1."""
+    found = looking_up(measurement([2.73] * 3, [6.51] * 3, rates=(0.40, 0.18, 0.11)), "trained", 373 / 1856)
+    shape = judge(found, train=None, convert=None, dataset=None)["shapes"][0]
+    assert shape["step_cost"] == pytest.approx(6.51 / 2.73 * (1 + 0.69 * 373 / 1856))
+    assert shape["draft_lengths"]["points"][0]["acceptance_length"] == shape["arms"]["trained"]["tokens_per_step"]
+
+
 def test_lookup_that_finds_nothing_is_not_called_untrained():
     found = measurement([5.0] * 3, [6.0] * 3, rates=(0.05, 0.0))
     found["arms"]["trained"]["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 2}

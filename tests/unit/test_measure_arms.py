@@ -12,6 +12,8 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
 
 import pytest
@@ -135,7 +137,7 @@ def test_whole_pairs_survive_a_kill(program, plan, tmp_path, monkeypatch):
 def test_one_more_k_and_one_more_concurrency_measure_only_what_is_missing(program, started, tmp_path, monkeypatch):
     taken, real = [], program.client.run_trial
     monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: taken.append(1) or {**real(*args, **kw), "void": ""})
-    started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[1])
+    started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[5])
     first = measure(program, started, tmp_path, monkeypatch)
     started.update(concurrencies=[1, 2], sweep_num_speculative_tokens=[1, 5])
     second = measure(program, started, tmp_path, monkeypatch)
@@ -148,7 +150,7 @@ def test_one_more_k_and_one_more_concurrency_measure_only_what_is_missing(progra
         (t["pair"], t["concurrency"]) for t in new if t["arm"] != "standing"
     }
     assert {name: len(arm["starts_s"]) for name, arm in second["arms"].items()} == {
-        "standing": 2, "trained": 2, "trained-k1": 2, "trained-k5": 1,
+        "standing": 2, "trained": 2, "trained-k1": 1, "trained-k5": 2,
     }  # fmt: skip
     assert second["differences"] == [] and not (tmp_path / "acceptance.json.partial").exists()
 
@@ -207,6 +209,55 @@ def test_void_trial_is_measured_again(program, plan, tmp_path, monkeypatch):
     assert len(seen) == 4 and [trial["void"] for trial in found["trials"]] == ["", ""]
 
 
+def test_server_that_speculates_otherwise_than_the_plan_says(program, plan, tmp_path, monkeypatch):
+    real = program.resolved.of_running
+
+    def three_tokens(*args):
+        found = real(*args)
+        return found._replace(config={**found.config, "speculative_config.num_speculative_tokens": 3})
+
+    monkeypatch.setattr(program.resolved, "of_running", three_tokens)
+    with pytest.raises(program.SpecDecodeError, match="standing arm's server at .* is not what the plan says: it drafts 3"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+def test_server_that_drafts_unasked(program, plan, urls, tmp_path, monkeypatch):
+    """It need not tell its configuration: its counters do."""
+    plan["arms"][0]["url"] = urls[1]
+    with pytest.raises(program.SpecDecodeError, match="drafted, though the plan names no speculative_config"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+def test_running_server_that_was_started_again_is_measured_again(program, plan, tmp_path, monkeypatch):
+    taken, real = [], program.client.run_trial
+    monkeypatch.setattr(program.client, "run_trial", lambda *args, **kw: taken.append(1) or {**real(*args, **kw), "void": ""})
+    plan.update(trials=1, aa_trials=0, concurrencies=[1])
+    measure(program, plan, tmp_path, monkeypatch)
+    measure(program, plan, tmp_path, monkeypatch)
+    assert len(taken) == 2
+    with stub("--tokens-a-chunk", "3") as trained:
+        plan["arms"][1]["url"] = trained
+        measure(program, plan, tmp_path, monkeypatch)
+        assert len(taken) == 4
+    with pytest.raises(program.SpecDecodeError, match="does not answer /health"):
+        measure(program, plan, tmp_path, monkeypatch)
+
+
+def test_no_proxy_is_asked_for_this_machine_and_none_is_told_the_token(program, urls, monkeypatch):
+    import arm_servers
+
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert arm_servers.healthy(urls[0], program.Access("sekret"))
+
+
+def test_start_of_a_running_server_tells_it_from_an_earlier_one(program, urls):
+    from arm_servers import RunningServer
+
+    first, other = (RunningServer("a", url, "", program.Access()).running_since() for url in urls)
+    assert first == RunningServer("a", urls[0], "", program.Access()).running_since() != other
+
+
 def test_server_that_is_not_there(program, plan, tmp_path, monkeypatch):
     from spec_decode.errors import SpecDecodeError
 
@@ -246,6 +297,43 @@ def test_servers_are_started_as_the_design_says(program, started, resident, star
             urllib.request.urlopen(f"{arm['url']}/health", timeout=5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "order"),
+    [([], ["start", "wait", "start", "wait"]), (["--kv-cache-memory-bytes=4294967296"], ["start", "start", "wait", "wait"])],
+)
+def test_servers_that_are_told_their_memory_start_at_once(program, started, flags, order, tmp_path, monkeypatch):
+    from arm_servers import Server
+
+    seen = []
+    for name in ("start", "wait"):
+        real = getattr(Server, name)
+        monkeypatch.setattr(Server, name, lambda *args, name=name, real=real: seen.append(name) or real(*args))
+    started.update(trials=1, aa_trials=0, concurrencies=[1], server_arguments=flags)
+    measure(program, started, tmp_path, monkeypatch)
+    assert seen == order
+
+
+def test_sockets_that_a_server_leaves_behind_go_with_it(programs, tmp_path, monkeypatch):
+    from arm_servers import Server, free_port, socket_folder
+
+    words = "import os, pathlib, time; pathlib.Path(os.environ['VLLM_RPC_BASE_PATH'], 'left').touch(); time.sleep(60)"
+    with tempfile.TemporaryDirectory() as short:
+        monkeypatch.setattr("tempfile.tempdir", short)
+        server = Server("standing", [sys.executable, "-c", words], {}, free_port(), str(tmp_path / "log"))
+        server.start()
+        deadline = time.monotonic() + 30
+        while not list(pathlib.Path(short).glob("*/left")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(list(pathlib.Path(short).glob("*/left"))) == 1
+        server.stop()
+        assert list(pathlib.Path(short).iterdir()) == []
+    # Where the folder's own name is long already, vLLM is left to its own.
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    assert socket_folder() is None and list(deep.iterdir()) == []
+
+
 def test_sweep_measures_each_k_beside_the_standing_arm(program, started, tmp_path, monkeypatch):
     started.update(trials=1, aa_trials=0, concurrencies=[1], sweep_num_speculative_tokens=[1, 5])
     found = measure(program, started, tmp_path, monkeypatch)
@@ -271,7 +359,8 @@ def test_server_is_not_told_of_folders_that_it_may_not_search(programs, tmp_path
     from spec_decode.progress import Progress
 
     with pytest.raises(SpecDecodeError, match="ValueError: /bin See"):
-        server.start(30, Progress(""))
+        server.start()
+        server.wait(30, Progress(""))
 
 
 def test_server_that_ends_or_takes_too_long_says_its_last_words(programs, tmp_path):
@@ -284,10 +373,12 @@ def test_server_that_ends_or_takes_too_long_says_its_last_words(programs, tmp_pa
     with pytest.raises(
         SpecDecodeError, match=r"ended with exit code 3 after [0-9]+ s. Its log ends with:\n    ValueError: no such model"
     ):
-        server.start(30, Progress(""))
+        server.start()
+        server.wait(30, Progress(""))
     slow = Server("trained", [sys.executable, "-c", "import time; time.sleep(60)"], {}, free_port(), str(tmp_path / "log"))
+    slow.start()
     with pytest.raises(SpecDecodeError, match="was not ready after [0-9]+ s"):
-        slow.start(0.1, Progress(""))
+        slow.wait(0.1, Progress(""))
     slow.stop()
     assert not slow.up
 
@@ -311,8 +402,11 @@ class Recorded:
     def __init__(self, name, notes):
         self.name, self.notes, self.up = name, notes, False
 
-    def start(self, _timeout_s, _progress):
+    def start(self):
         self.notes.append(f"start {self.name}")
+
+    def wait(self, _timeout_s, _progress):
+        self.notes.append(f"wait {self.name}")
         self.up = True
 
     def stop(self):
@@ -328,4 +422,7 @@ def test_servers_change_one_at_a_time_and_all_stop(programs):
     with Fleet({name: Recorded(name, notes) for name in "abc"}, 1.0, None) as fleet:
         for names_needed in (("a",), ("b",), ("b",), ("a", "c")):
             fleet.need(names_needed)
-    assert notes == ["start a", "stop a", "start b", "stop b", "start a", "start c", "stop a", "stop c"]
+    assert notes == [
+        "start a", "wait a", "stop a", "start b", "wait b", "stop b",
+        "start a", "wait a", "start c", "wait c", "stop a", "stop c",
+    ]  # fmt: skip

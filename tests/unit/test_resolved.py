@@ -152,6 +152,24 @@ def test_log_without_its_line_of_arguments_tells_no_default():
     assert resolved.essentials(resolved.from_log(given))["expert_parallel"] is True
 
 
+@pytest.mark.parametrize(
+    ("config", "planned", "words"),
+    [
+        ({"num_speculative_tokens": 5, "method": "eagle3"}, None, "it drafts 5 tokens by eagle3, and should not speculate"),
+        ({"num_speculative_tokens": 5, "method": "eagle3"}, {"method": "eagle3", "num_speculative_tokens": 3}, "drafts 5 tokens"),
+        ({"num_speculative_tokens": 3, "method": "ngram"}, {"method": "eagle3", "num_speculative_tokens": 3}, "drafts by ngram"),
+        (None, {"method": "eagle3", "num_speculative_tokens": 3}, "it does not speculate"),
+        (None, None, ""),
+        ({"num_speculative_tokens": 1, "method": "mimo_mtp"}, {"method": "mtp", "num_speculative_tokens": 1}, ""),
+        ({"num_speculative_tokens": 3, "method": "eagle3"}, {"model": "/draft", "num_speculative_tokens": 3}, ""),
+    ],
+)
+def test_server_that_speculates_otherwise_than_it_should(config, planned, words):
+    said = resolved.contradiction(resolved.flatten({"vllm_config": {"speculative_config": config}}), planned)
+    assert words in said and bool(words) == bool(said)
+    assert resolved.contradiction({"version": "1"}, planned) == "", "a server that does not tell contradicts nothing"
+
+
 def test_server_that_is_not_there():
     with pytest.raises(SpecDecodeError, match="http://127.0.0.1:9/version could not be read"):
         resolved.of_running("http://127.0.0.1:9")
