@@ -77,7 +77,7 @@ def checks(tree: pathlib.Path) -> list[Check]:
         Check("unit tests", [*PYTEST, "-n", "2", "tests/unit"]),
         Check("the loop, for real", [*PYTEST, "tests/integration", "--ignore", SLURM_TESTS], fast=False),
         Check("faults on a real Slurm", [*PYTEST, SLURM_TESTS], fast=False),
-        Check("every target of transformers", [*PYTEST, "tests/targets"], fast=False),
+        Check("every target of transformers", [*PYTEST, "tests/targets"], fast=False, light=True),
         Check(
             "ansible-test sanity", [sys.executable, str(ROOT / "scripts/ansible_test.py"), "sanity"], False, copied, light=True
         ),
