@@ -214,7 +214,7 @@ class Record:
         """Attempts that began and failed since the last failure that the user was told about.
 
         One that was complete once, and whose result somebody took away or replaced, is no failure; nor is one that the
-        teardown ended.
+        teardown put an end to.
         """
         since = self.attempts[self.forgiven :]
         return sum(not {"never_ran", "was_complete", "removed"} & attempt.details.keys() for attempt in since)
@@ -362,7 +362,7 @@ def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bo
         return Action.SUBMIT, "The job was recorded, but never reached the scheduler."
     if sighting.never_ran:
         return Action.SUBMIT, "What the job waited for had failed, so it never ran."
-    if sighting.state is State.CANCELLED and record.last.details.get("removed"):
+    if record.last.details.get("removed"):
         return Action.SUBMIT, "It was cancelled by the teardown, as the user wished."
     if record.told:
         return Action.RESUBMIT, f"The job ended as {sighting.state.value}, which was reported; it is asked for again."
@@ -427,6 +427,7 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
                 record = _renewed(spec, executor, record, fingerprint, outcome.after)
                 write_record(spec, record)
             elif record.last is not None:
+                record.last.details.pop("removed", None)  # a teardown that could not stop it; it is wanted again
                 _note(spec, record, sighting)
             outcome.record = record
         return outcome
@@ -469,10 +470,16 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
                 f"Job {spec.name!r} cannot be cancelled, because the scheduler did not answer: {sighting.reason}.",
                 "Run the teardown again once it does.",
             )
-        if alive and record is not None and record.last is not None and not policy.check_mode:
-            executor.cancel(spec, record, record.last)
-            record.last.details["removed"] = True
-            sighting = executor.look_up(spec, record, record.last)
+        last = record.last if record else None
+        if record is not None and last is not None and sighting.state is not State.COMPLETED and not policy.check_mode:
+            # Before anything ends: a play that waits for the job must not take its end for a failure and submit it again.
+            last.details["removed"] = True
+            write_record(spec, record)
+            if alive:
+                executor.cancel(spec, record, last)
+                sighting = executor.look_up(spec, record, last)
+            elif sighting.state is State.ABSENT:
+                sighting = Sighting(State.CANCELLED, reason="it was recorded, but never submitted")
             if sighting.state in ALIVE:
                 raise SpecDecodeError(
                     f"Job {spec.name!r} ({sighting.job_id}) is still {sighting.state.value} after it was cancelled.",
@@ -642,6 +649,7 @@ def describe(spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
         "job_id": sighting.job_id or (last.job_id if last else ""),
         "state": outcome.state.value,
         "alive": outcome.state in ALIVE,
+        "removed": bool(last and last.details.get("removed")),
         "reason": sighting.reason,
         "exit_code": sighting.exit_code,
         "signal": sighting.signal,

@@ -26,7 +26,8 @@ options:
   state:
     description:
       - V(present) submits the job if it is not active or complete.
-      - V(absent) cancels it if it is active. Without O(name), all jobs of the experiment.
+      - V(absent) cancels it if it is active. Without O(name), all jobs of the experiment. A task that waits for such a job
+        fails, and the next run submits it anew.
       - V(query) only looks it up. Without O(name), all jobs of the experiment in one call.
     type: str
     choices: [present, absent, query]
@@ -297,6 +298,7 @@ job:
     job_id: {description: Slurm's job id or the id of the first process., type: str, returned: always}
     state: {description: State of the last attempt., type: str, returned: always, sample: RUNNING}
     alive: {description: Whether the job is pending or running or will be again., type: bool, returned: always}
+    removed: {description: Whether V(absent) put an end to the last attempt., type: bool, returned: always}
     reason: {description: Slurm's reason or how the job ended., type: str, returned: always}
     exit_code: {description: Exit code of an ended job., type: int, returned: always}
     signal: {description: Signal that ended the job., type: int, returned: always}
