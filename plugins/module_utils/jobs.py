@@ -62,6 +62,7 @@ class State(str, enum.Enum):
 
 ALIVE = frozenset({State.PENDING, State.RUNNING, State.PREEMPTED, State.REQUEUED})
 ENDED_BADLY = frozenset({State.FAILED, State.TIMEOUT, State.CANCELLED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.LOST})
+ENDED = ENDED_BADLY | {State.COMPLETED}
 
 
 class Action(str, enum.Enum):
@@ -387,7 +388,7 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
     fingerprint = spec.fingerprint()
     with _locked(spec, policy.check_mode):
         record = read_record(spec) or _found_without_record(spec, executor, fingerprint, policy)
-        _check_owner(spec, record)
+        check_ours(spec, executor, record)
         sighting = _look_up(spec, executor, record)
         done = result_is_done(spec, fingerprint)
         action, message = decide(fingerprint, record, sighting, done, policy)
@@ -439,20 +440,21 @@ def query(spec: JobSpec, executor: Executor) -> Outcome:
 
 
 def query_all(specs: Sequence[JobSpec], executor: Executor) -> list[Outcome]:
-    """Look many recorded jobs up, with one question to the scheduler."""
+    """Look many recorded jobs up, with one question to the scheduler. Of another executor's the record alone tells."""
     records = [read_record(spec) for spec in specs]
     known = {
         number: (spec, record, record.last)
         for number, (spec, record) in enumerate(zip(specs, records))
-        if record is not None and record.last is not None
+        if record is not None and record.last is not None and _can_tell(spec, executor, record)
     }
     seen = dict(zip(known, executor.look_up_all(list(known.values()))))
     outcomes = []
     for number, (spec, record) in enumerate(zip(specs, records)):
-        sighting = seen.get(number, Sighting(State.ABSENT))
+        sighting = Sighting(State.ABSENT)
         if record is not None and record.last is not None:
-            sighting = _with_result(record, sighting)
-            _note(spec, record, sighting)
+            sighting = _with_result(record, seen.get(number, recorded(record.last)))
+            if number in seen:
+                _note(spec, record, sighting)
         fingerprint = record.fingerprint if record else ""
         outcomes.append(Outcome(Action.NOTHING, False, sighting.state, fingerprint, record, sighting))
     return outcomes
@@ -462,7 +464,7 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
     """Cancel the job if it is active. Only a job with a record of this experiment is touched."""
     with _locked(spec, policy.check_mode):
         record = read_record(spec)
-        _check_owner(spec, record)
+        check_ours(spec, executor, record)
         sighting = _look_up(spec, executor, record)
         alive = sighting.state in ALIVE
         if sighting.state is State.UNKNOWN:
@@ -534,10 +536,18 @@ def _submit(
         attempt = Attempt(record.numbered, attempt_key(spec, fingerprint, record.numbered), now())
         record.attempts.append(attempt)
     # else: recorded by a call that was killed before it could submit: the same attempt, not another
+    attempt.details = {}
     write_record(spec, record)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(spec.progress)  # an older attempt's progress would be shown as this one's
-    sighting = executor.submit(spec, record, attempt)
+    try:
+        sighting = executor.submit(spec, record, attempt)
+    except Unanswered:
+        raise
+    except SpecDecodeError as error:
+        attempt.details["refused"] = error.message  # it surely runs nowhere
+        write_record(spec, record)
+        raise
     _note(spec, record, sighting)
     return record, sighting
 
@@ -600,7 +610,15 @@ def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
 def _look_up(spec: JobSpec, executor: Executor, record: Record | None) -> Sighting:
     if record is None or record.last is None:
         return Sighting(State.ABSENT)
-    return _with_result(record, executor.look_up(spec, record, record.last))
+    known = _can_tell(spec, executor, record)
+    return _with_result(record, executor.look_up(spec, record, record.last) if known else recorded(record.last))
+
+
+def recorded(attempt: Attempt) -> Sighting:
+    """What was seen of ``attempt`` when it was last looked at."""
+    return Sighting(
+        attempt.state, job_id=attempt.job_id, reason=attempt.reason, exit_code=attempt.exit_code, signal=attempt.signal
+    )
 
 
 def _with_result(record: Record, sighting: Sighting) -> Sighting:
@@ -618,13 +636,35 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
             yield f"{prefix}{key}"
 
 
-def _check_owner(spec: JobSpec, record: Record | None) -> None:
-    if record is not None and record.owner != os.getuid():
+def _can_tell(spec: JobSpec, executor: Executor, record: Record) -> bool:
+    """Whether ``executor`` knows what became of the recorded attempts: they are this very job's, and it ran them."""
+    return (record.experiment, record.name, record.executor) == (spec.experiment, spec.name, executor.name)
+
+
+def check_ours(spec: JobSpec, executor: Executor, record: Record | None) -> None:
+    """Refuse to act on a job of another experiment, of another user, or that may still run under another executor."""
+    if record is None:
+        return
+    job = f"Job {spec.name!r} of experiment {spec.experiment!r}"
+    if (record.experiment, record.name) != (spec.experiment, spec.name):
         raise SpecDecodeError(
-            f"Job {spec.name!r} of experiment {spec.experiment!r} belongs to the user with uid {record.owner},"
-            f" and you are uid {os.getuid()}.",
+            f"{job}: its record {record_path(spec)} is that of job {record.name!r} of experiment {record.experiment!r},"
+            " so the folder was copied or renamed.",
+            f"Use that experiment's own name and folder; of a copy, take {spec.directory} away.",
+        )
+    if record.owner != os.getuid():
+        raise SpecDecodeError(
+            f"{job} belongs to the user with uid {record.owner}, and you are uid {os.getuid()}.",
             "Use another experiment name, or run as that user.",
         )
+    last = record.last
+    if record.executor == executor.name or last is None or last.state in ENDED or "refused" in last.details:
+        return
+    raise SpecDecodeError(
+        f"{job} runs under {record.executor}, as far as its record {record_path(spec)} knows, and this is {executor.name}.",
+        f"Use that inventory (spec_executor: {record.executor}), for a teardown too; once the job has ended, playbooks/status.yml"
+        " with that inventory notes it.",
+    )
 
 
 def known_jobs(directory: str) -> list[str]:

@@ -30,8 +30,10 @@ from .jobs import (
     Record,
     Sighting,
     State,
+    check_ours,
     job_environment,
     query,
+    recorded,
     unmet_needs,
     write_record,
 )
@@ -114,14 +116,14 @@ class SlurmExecutor:
                 attempt.details.pop("absent_since", None)
                 return row.sighting()
         if attempt.state not in (State.ABSENT, *ALIVE):
-            return _recorded(attempt)
+            return recorded(attempt)
         return self._traces(spec, attempt)
 
     def _traces(self, spec: JobSpec, attempt: Attempt) -> Sighting:
         """Slurm answered, and knows the job no more, or not yet: what the record and the job itself left."""
         ended = read_json_or_none(_exit_note(spec, attempt), "exit note of the job")
         if ended is not None:
-            return _ended(attempt, int(ended["exit_code"]), str(ended["job_id"]))
+            return _ended(attempt, int(ended["exit_code"]), str(ended.get("job_id", "")))
         claimed = _claimed_by(spec, attempt)
         if not attempt.job_id and not claimed:
             return self._submission_in_flight(attempt)
@@ -174,8 +176,6 @@ class SlurmExecutor:
                 "Run again: it is looked for by its name before anything is submitted.",
             ) from error
         except SpecDecodeError as error:
-            attempt.details["refused"] = error.message
-            write_record(spec, record)
             raise SpecDecodeError(
                 f"Job {spec.name!r} of experiment {spec.experiment!r}: {error.message}", error.remedy
             ) from error
@@ -216,9 +216,12 @@ class SlurmExecutor:
 
     def _needed(self, spec: JobSpec) -> Iterable[str]:
         for name in (*unmet_needs(spec), *spec.after):
-            seen = query(dataclasses.replace(spec, name=name), self).sighting
+            needed = dataclasses.replace(spec, name=name)
+            found = query(needed, self)
+            seen = found.sighting
             if seen.state is State.COMPLETED:
                 continue
+            check_ours(needed, self, found.record)
             if seen.state is State.UNKNOWN:
                 raise Unanswered(f"Whether job {name!r}, which {spec.name!r} waits for, is alive is not known: {seen.reason}.")
             if seen.state not in ALIVE:
@@ -312,12 +315,6 @@ def _is_marked(row: Row, attempt: Attempt) -> bool:
         return bool(json.loads(row.comment)["key"] == attempt.key)
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _recorded(attempt: Attempt) -> Sighting:
-    return Sighting(
-        attempt.state, job_id=attempt.job_id, reason=attempt.reason, exit_code=attempt.exit_code, signal=attempt.signal
-    )
 
 
 def _ended(attempt: Attempt, code: int, job_id: str) -> Sighting:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
@@ -240,6 +241,69 @@ def test_job_of_another_user_is_refused(spec):
     jobs.write_record(spec, record)
     with pytest.raises(SpecDecodeError, match="belongs to the user with uid"):
         jobs.ensure(spec, executor, Policy())
+
+
+class OtherExecutor(ScriptedExecutor):
+    name = "other"
+
+
+def other_with_a_job(spec, state=State.RUNNING):
+    """An executor of another name, under which the job was submitted and last seen in ``state``."""
+    executor = OtherExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(state, job_id="1")
+    jobs.query(spec, executor)
+    return executor
+
+
+def test_job_that_runs_under_another_executor_is_not_started_beside_it(spec):
+    other, executor = other_with_a_job(spec), ScriptedExecutor()
+    for act in (jobs.ensure, jobs.remove):
+        with pytest.raises(SpecDecodeError, match=r"runs under other, .* and this is scripted. Use that inventory"):
+            act(spec, executor, Policy())
+    assert executor.submitted == [] and jobs.remove(spec, other, Policy()).changed
+
+
+def test_job_of_another_executor_is_shown_as_recorded_and_nothing_is_noted(spec):
+    other_with_a_job(spec)
+    with open(jobs.record_path(spec)) as stream:
+        before = stream.read()
+    executor = ScriptedExecutor(Sighting(State.FAILED))
+    assert jobs.query(spec, executor).state is State.RUNNING
+    with open(jobs.record_path(spec)) as stream:
+        assert stream.read() == before
+
+
+def test_job_that_ended_under_another_executor_may_run_anew_under_this_one(spec):
+    other_with_a_job(spec, State.FAILED)
+    executor = ScriptedExecutor()
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.RESUBMIT and [attempt.number for attempt in outcome.record.attempts] == [1, 2]
+    assert jobs.ensure(spec, executor, Policy()).action is Action.ATTACH
+
+
+def test_submission_that_another_executor_refused_bars_nothing(spec):
+    class Refusing(OtherExecutor):
+        def submit(self, spec, record, attempt):
+            raise SpecDecodeError("No such partition.")
+
+    with pytest.raises(SpecDecodeError, match="No such partition"):
+        jobs.ensure(spec, Refusing(), Policy())
+    assert jobs.ensure(spec, ScriptedExecutor(), Policy()).action is Action.SUBMIT
+
+
+def test_copied_records_are_another_experiments(spec, tmp_path):
+    """A bundle that was copied under another name: neither name's teardown or run may touch the other's job."""
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    copy = dataclasses.replace(spec, experiment="two", directory=str(tmp_path / "two"))
+    shutil.copytree(spec.directory, copy.directory)
+    for act in (jobs.ensure, jobs.remove):
+        with pytest.raises(SpecDecodeError, match=r"is that of job 'train' of experiment 'tiny-eagle3'"):
+            act(copy, executor, Policy())
+    executor.seen = Sighting(State.FAILED)
+    assert jobs.query(copy, executor).state is State.RUNNING
+    assert executor.cancelled == [] and len(executor.submitted) == 1
 
 
 def test_remove_cancels_only_what_is_alive(spec):
