@@ -162,9 +162,16 @@ class JobSpec:
             "script": sha256_bytes(script),
             "arguments": list(self.arguments),
             "environment": {key: sha256_text(value) for key, value in sorted(self.environment)},
-            "inputs": {os.path.basename(path): sha256_file(path) for path in self.inputs},
+            "inputs": self._inputs(),
             "needs": {name: self._fingerprint_of(name) for name in self.needs},
         }
+
+    def _inputs(self) -> dict[str, str | list[str]]:
+        """The checksum of each input by its file's name, not by its path; several of one name in their order."""
+        found: dict[str, list[str]] = {}
+        for path in dict.fromkeys(self.inputs):
+            found.setdefault(os.path.basename(path), []).append(sha256_file(path))
+        return {name: sums[0] if len(sums) == 1 else sums for name, sums in found.items()}
 
     def fingerprint(self) -> str:
         """64 hexadecimal digits that change when, and only when, the work changes."""

@@ -12,7 +12,7 @@ import shutil
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_json
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import sha256_file, write_json
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import Action, Policy, Sighting, State
 
 
@@ -182,6 +182,23 @@ def test_changed_input_of_an_active_job_is_refused_and_named(spec):
         stream.write('{"changed": true}')
     with pytest.raises(SpecDecodeError, match=r"still active. It differs in: inputs.input.json"):
         jobs.ensure(spec, executor, Policy())
+
+
+def test_every_input_counts_also_where_two_files_have_one_name(spec, tmp_path):
+    paths = [tmp_path / side / "train.jsonl" for side in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("{}")
+    two = dataclasses.replace(spec, inputs=tuple(map(str, paths)))
+    found = {two.fingerprint()}
+    for path in paths:
+        path.write_text('{"changed": true}')
+        found.add(two.fingerprint())
+        path.write_text("{}")
+    assert len(found) == 3
+    one = dataclasses.replace(spec, inputs=(str(paths[0]),))
+    assert one.identity()["inputs"] == {"train.jsonl": sha256_file(str(paths[0]))}, "known fingerprints stay"
+    assert dataclasses.replace(one, inputs=one.inputs * 2).fingerprint() == one.fingerprint()
 
 
 def test_changed_input_of_an_active_job_replaces_it_when_asked(spec):
