@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import enum
 import fcntl
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -431,10 +432,10 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             outcome.state = outcome.sighting.state
         else:
             if record is None or record.fingerprint != fingerprint:
-                # The work was there already; jobs that need this one know it by its record.
                 record = _renewed(spec, executor, record, fingerprint, outcome.after)
-                write_record(spec, record)
-            elif record.last is not None:
+            if record.last is None:
+                write_record(spec, record)  # the work was there already; jobs that need this one know it by its record
+            else:
                 record.last.details.pop("removed", None)  # a teardown that could not stop it; it is wanted again
                 _note(spec, record, sighting)
             outcome.record = record
@@ -569,15 +570,22 @@ def _renewed(spec: JobSpec, executor: Executor, record: Record | None, fingerpri
 
 
 def _found_without_record(spec: JobSpec, executor: Executor, fingerprint: str, policy: Policy) -> Record | None:
-    """The record was lost, but the job may live: keys are the same whenever they are computed again."""
+    """The record was lost, but the job may live: keys are the same whenever they are computed again.
+
+    A number whose attempt ended is not given again: a new job under the same key would take the work for done by the old one.
+    """
     record = Record(spec.experiment, spec.name, executor.name, fingerprint, spec.identity(), os.getuid(), spec.result)
-    for number in range(1, policy.attempts + 1):
+    for number in itertools.count(1):
         attempt = Attempt(number, attempt_key(spec, fingerprint, number), now())
         seen = executor.look_up(spec, record, attempt)
         if seen.state in ALIVE or seen.state is State.UNKNOWN:
             record.numbered, record.attempts = number, [attempt]
             return record
-    return None
+        if seen.state is not State.ABSENT:
+            record.numbered = number
+        elif number >= policy.attempts:
+            break
+    return record if record.numbered else None
 
 
 def unmet_needs(spec: JobSpec) -> list[str]:

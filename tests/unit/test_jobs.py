@@ -366,6 +366,15 @@ def test_lost_record_does_not_double_the_job(spec):
     assert jobs.read_record(spec).numbered == 2
 
 
+def test_complete_work_whose_record_was_moved_aside_gets_one_again(spec):
+    executor = ScriptedExecutor()
+    finish(spec, jobs.ensure(spec, executor, Policy()).fingerprint)
+    executor.seen = Sighting(State.COMPLETED, exit_code=0)
+    os.unlink(jobs.record_path(spec))
+    assert jobs.ensure(spec, executor, Policy()).action is Action.NOTHING
+    assert dataclasses.replace(spec, name="convert", needs=("train",)).missing() == []
+
+
 def test_found_after_a_lost_reply_says_so(spec):
     executor = ScriptedExecutor()
     jobs.ensure(spec, executor, Policy())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     slurm_script,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError, Unanswered
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_json
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import State
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_policy import Serving
 from hypothesis import given
@@ -282,6 +284,92 @@ def test_options_win_in_sbatchs_own_notation(tmp_path):
     options = (("mem", "4G"), ("requeue", False), ("exclusive", True), ("comment", "x"), ("gpus", ""))
     spec = jobs.JobSpec("tiny", "train", "/script", str(tmp_path), options=options)
     assert slurm_executor.requested(spec, "echo\n") == {"mem": "4G", "no-requeue": True, "exclusive": True}
+
+
+@pytest.mark.parametrize(
+    ("claimed", "code", "words"), [("", 0, "did it"), ("7", 0, "did it"), ("6", 0, "belongs to job 6"), (None, 1, "cannot claim")]
+)
+def test_job_begins_only_with_the_claim_and_fails_where_it_can_have_none(tmp_path, claimed, code, words):
+    script, batch, claim = tmp_path / "script", tmp_path / "batch", tmp_path / "jobs/claim"
+    script.write_text("#!/bin/bash\necho did it\n")
+    script.chmod(0o755)
+    batch.write_text(slurm_script.wrapper(script.read_text()))
+    if claimed is not None:  # else the folder is not there
+        claim.parent.mkdir()
+    if claimed:
+        claim.symlink_to(claimed)
+    command = ["/bin/bash", str(batch), str(claim), str(tmp_path / "note"), "0", str(script)]
+    ended = subprocess.run(
+        command, env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert ended.returncode == code and words in ended.stdout + ended.stderr
+    assert ("did it" in ended.stdout) == (words == "did it")
+
+
+# jobs
+
+
+class Cluster:
+    """What a cluster without accounting answers; what is submitted stands in its queue until it is taken from there."""
+
+    def __init__(self):
+        self.rows = []
+        self.commands = []
+
+    def queue(self, names, uid):
+        return [row for row in self.rows if row.name in names]
+
+    def accounts(self, names, uid, since):
+        return None
+
+    def submit(self, command, environment, cwd):
+        self.commands.append(command)
+        name, comment = (next(word.partition("=")[2] for word in command if word.startswith(f"--{what}=")) for what in
+                         ("job-name", "comment"))  # fmt: skip
+        self.rows.append(slurm_rows.Row(str(len(self.commands)), name, 0, State.PENDING, comment=comment))
+        return self.rows[-1].job_id
+
+    def cancel(self, job_ids):
+        self.rows = [row for row in self.rows if row.job_id not in job_ids]
+
+    def show(self, *what):
+        return {"partition": PARTITIONS, "node": NODES, "config": CONFIG}[what[0]]
+
+    def message_timeout(self):
+        return 0.0
+
+    def qualities(self):
+        return {}
+
+    def default_qualities(self, user):
+        return []
+
+
+@pytest.fixture
+def job(tmp_path):
+    script = tmp_path / "script.sbatch"
+    script.write_text("#!/bin/bash\necho hello\n")
+    return jobs.JobSpec("tiny", "train", str(script), str(tmp_path / "jobs"))
+
+
+def under(cluster, **settings):
+    return slurm_executor.SlurmExecutor(slurm_executor.Settings(**settings), cluster)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_attempt_whose_record_was_moved_aside_leaves_its_claim_to_no_other(job, code):
+    """A job that meets an older one's claim does nothing and ends well: it must never get the same key."""
+    cluster = Cluster()
+    keys = [jobs.ensure(job, under(cluster), jobs.Policy()).record.last.key]
+    for number in (2, 3):
+        cluster.rows.clear()
+        os.symlink(str(number - 1), f"{job.folder}/claim-{keys[-1]}")
+        write_json(f"{job.folder}/exit-{keys[-1]}.json", {"exit_code": code, "job_id": str(number - 1)})
+        os.unlink(jobs.record_path(job))
+        outcome = jobs.ensure(job, under(cluster), jobs.Policy(attempts=1))
+        keys.append(outcome.record.last.key)
+        assert outcome.changed and outcome.record.last.number == number
+    assert len(set(keys)) == len(cluster.commands) == 3
 
 
 # the measurement window
