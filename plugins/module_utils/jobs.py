@@ -14,6 +14,7 @@ submit it and cancel it; everything else is decided here, once for all executors
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import enum
@@ -448,8 +449,9 @@ def query(spec: JobSpec, executor: Executor) -> Outcome:
 
 
 def query_all(specs: Sequence[JobSpec], executor: Executor) -> list[Outcome]:
-    """Look many recorded jobs up, with one question to the scheduler. Of another executor's the record alone tells."""
+    """Look many recorded jobs up, with one question to the scheduler. Of another's the record alone tells."""
     records = [read_record(spec) for spec in specs]
+    before = copy.deepcopy(records)
     known = {
         number: (spec, record, record.last)
         for number, (spec, record) in enumerate(zip(specs, records))
@@ -462,7 +464,7 @@ def query_all(specs: Sequence[JobSpec], executor: Executor) -> list[Outcome]:
         if record is not None and record.last is not None:
             sighting = _with_result(record, seen.get(number, recorded(record.last)))
             if number in seen:
-                _note(spec, record, sighting)
+                record = _note_unless_changed(spec, before[number], record, sighting)
         fingerprint = record.fingerprint if record else ""
         outcomes.append(Outcome(Action.NOTHING, False, sighting.state, fingerprint, record, sighting))
     return outcomes
@@ -622,6 +624,21 @@ def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
     write_record(spec, record)
 
 
+def _note_unless_changed(spec: JobSpec, before: Record | None, record: Record, sighting: Sighting) -> Record:
+    """Note what was seen without the job's lock, unless somebody has the lock or noted something since.
+
+    Returns the record as it is now, as far as it is still about the attempt that was looked at.
+    """
+    with _locked(spec, check_mode=False, wait=False) as held:
+        current = read_record(spec)
+        if held and current == before:
+            _note(spec, record, sighting)
+            return record
+    if current is None or current.last is None or record.last is None or current.last.key != record.last.key:
+        return record
+    return current
+
+
 def _look_up(spec: JobSpec, executor: Executor, record: Record | None) -> Sighting:
     if record is None or record.last is None:
         return Sighting(State.ABSENT)
@@ -652,8 +669,9 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
 
 
 def _can_tell(spec: JobSpec, executor: Executor, record: Record) -> bool:
-    """Whether ``executor`` knows what became of the recorded attempts: they are this very job's, and it ran them."""
-    return (record.experiment, record.name, record.executor) == (spec.experiment, spec.name, executor.name)
+    """Whether ``executor`` knows what became of the recorded attempts: this very job's, this user's, and run by it."""
+    found = (record.experiment, record.name, record.owner, record.executor)
+    return found == (spec.experiment, spec.name, os.getuid(), executor.name)
 
 
 def check_ours(spec: JobSpec, executor: Executor, record: Record | None) -> None:
@@ -720,18 +738,30 @@ def describe(spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(spec: JobSpec, check_mode: bool) -> Iterator[None]:
-    """Hold the job's lock, so that two plays cannot submit it twice. Check mode leaves no folder behind."""
+def _locked(spec: JobSpec, check_mode: bool, wait: bool = True) -> Iterator[bool]:
+    """Hold the job's lock, so that two plays cannot submit it twice; says whether it is held.
+
+    Check mode leaves no folder behind. Without ``wait``, who has the lock is left to it.
+    """
     if check_mode and not os.path.isdir(spec.folder):
-        yield
+        yield False
         return
     try:
         os.makedirs(spec.folder, exist_ok=True)
         lock = open(os.path.join(spec.folder, "lock"), "a", encoding="utf-8")  # noqa: SIM115 (held below)
     except OSError as error:
+        if not wait:
+            yield False
+            return
         raise SpecDecodeError(
             f"Cannot keep the job record in {spec.folder}: {error.strerror}.", "Mend it and run again."
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            if wait:
+                raise
+            held = False
+        yield held

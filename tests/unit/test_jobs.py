@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import shutil
 
@@ -439,6 +440,66 @@ def test_many_jobs_are_one_question(spec):
     found = jobs.query_all(specs, executor)
     assert executor.questions == 1
     assert [outcome.state for outcome in found] == [State.RUNNING] * 4 + [State.ABSENT]
+
+
+class Meanwhile(ScriptedExecutor):
+    """Something happens between the look at the record and the answer."""
+
+    def look_up_all(self, items):
+        seen = super().look_up_all(items)
+        self.meanwhile()
+        return seen
+
+
+def test_attempt_that_is_made_during_a_query_is_kept(spec):
+    executor = Meanwhile()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED, exit_code=3)
+
+    def resubmitted():
+        assert jobs.ensure(spec, executor, Policy()).action is Action.RESUBMIT
+
+    executor.meanwhile = resubmitted
+    assert jobs.query(spec, executor).state is State.FAILED
+    record = jobs.read_record(spec)
+    assert [(attempt.number, attempt.state) for attempt in record.attempts] == [(1, State.FAILED), (2, State.RUNNING)]
+
+
+def test_query_tells_of_a_teardown_that_came_meanwhile(spec):
+    """The end is seen, and so must be why: the play that waits would submit the job again otherwise."""
+
+    class Cancelled(Meanwhile):
+        def look_up_all(self, items):
+            self.meanwhile()
+            return ScriptedExecutor.look_up_all(self, items)
+
+    executor = Cancelled()
+    jobs.ensure(spec, executor, Policy())
+    executor.meanwhile = lambda: jobs.remove(spec, executor, Policy())
+    found = jobs.describe(spec, jobs.query(spec, executor))
+    assert (found["state"], found["removed"]) == ("CANCELLED", True)
+
+
+def test_query_notes_nothing_while_somebody_else_has_the_job(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED)
+    with open(os.path.join(spec.folder, "lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert jobs.query(spec, executor).state is State.FAILED
+        assert jobs.read_record(spec).last.state is State.RUNNING
+    jobs.query(spec, executor)
+    assert jobs.read_record(spec).last.state is State.FAILED
+
+
+def test_job_of_another_user_is_shown_as_recorded_and_nothing_is_noted(spec):
+    executor = ScriptedExecutor()
+    record = jobs.ensure(spec, executor, Policy()).record
+    record.owner += 1
+    jobs.write_record(spec, record)
+    executor.seen = Sighting(State.FAILED)
+    assert jobs.query(spec, executor).state is State.RUNNING
+    assert jobs.read_record(spec).last.state is State.RUNNING
 
 
 def test_broken_record_is_one_clear_error(spec):
