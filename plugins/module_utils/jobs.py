@@ -416,10 +416,11 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
         )
         if action is Action.FAIL:
             reported = record is not None and record.fingerprint == fingerprint and sighting.state in ENDED_BADLY
-            if record is not None and reported and not policy.check_mode:
-                # The user hears of it now; calling again after mending the cause starts afresh.
-                record.forgiven = len(record.attempts)
-                write_record(spec, record)
+            if record is not None and sighting.state is not State.UNKNOWN and not policy.check_mode:
+                if reported:
+                    # The user hears of it now; calling again after mending the cause starts afresh.
+                    record.forgiven = len(record.attempts)
+                write_record(spec, record)  # with since when the job has not been seen, or it would never count as lost
             failure = Unanswered if sighting.state is State.UNKNOWN else SpecDecodeError
             raise failure(*explain_failure(spec, outcome))
         if policy.check_mode:
@@ -493,8 +494,10 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             elif sighting.state is State.ABSENT:
                 sighting = Sighting(State.CANCELLED, reason="it was recorded, but never submitted")
             if sighting.state in ALIVE:
+                write_record(spec, record)
+                why = f" ({sighting.reason})" if sighting.reason else ""
                 raise SpecDecodeError(
-                    f"Job {spec.name!r} ({sighting.job_id}) is still {sighting.state.value} after it was cancelled.",
+                    f"Job {spec.name!r} ({sighting.job_id}) is still {sighting.state.value} after it was cancelled{why}.",
                     "Run the teardown again.",
                 )
             _note(spec, record, sighting)

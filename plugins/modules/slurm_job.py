@@ -417,13 +417,20 @@ def query(params: dict, executor: jobs.Executor) -> dict:
 
 
 def remove(params: dict, executor: jobs.Executor, policy: jobs.Policy) -> dict:
-    """Cancel one job, or all jobs of an experiment."""
-    found, changed = [], False
+    """Cancel one job, or all jobs of an experiment: one that cannot be cancelled keeps none of the others running."""
+    found, failures, changed = [], [], False
     for name in [params["name"]] if params["name"] else jobs.known_jobs(params["directory"]):
         spec = jobs.JobSpec(params["experiment"], name, "", params["directory"])
-        outcome = jobs.remove(spec, executor, policy)
+        try:
+            outcome = jobs.remove(spec, executor, policy)
+        except SpecDecodeError as error:
+            failures.append(error)
+            continue
         changed = changed or outcome.changed
         found.append(jobs.describe(spec, outcome))
+    if failures:
+        kind = Unanswered if all(isinstance(error, Unanswered) for error in failures) else SpecDecodeError
+        raise kind(" ".join(map(str, failures)))
     return {"changed": changed, "job": found[0]} if params["name"] else {"changed": changed, "jobs": found}
 
 

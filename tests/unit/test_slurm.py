@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
@@ -25,6 +26,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.errors impor
 from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_json
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import State
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_policy import Serving
+from ansible_collections.inference.spec_decode.plugins.modules import slurm_job
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -370,6 +372,55 @@ def test_attempt_whose_record_was_moved_aside_leaves_its_claim_to_no_other(job, 
         keys.append(outcome.record.last.key)
         assert outcome.changed and outcome.record.last.number == number
     assert len(set(keys)) == len(cluster.commands) == 3
+
+
+def vanished(job, cluster):
+    """A job that Slurm took, and that was gone before it began: nothing of it is left anywhere."""
+    jobs.ensure(job, under(cluster), jobs.Policy())
+    cluster.rows.clear()
+
+
+def test_vanished_job_bars_the_teardown_for_a_while_only(job):
+    cluster = Cluster()
+    vanished(job, cluster)
+    with pytest.raises(SpecDecodeError, match=r"still PENDING after it was cancelled \(not seen by Slurm for 0 s\)"):
+        jobs.remove(job, under(cluster), jobs.Policy())
+    time.sleep(0.1)
+    found = jobs.remove(job, under(cluster, absence_limit_s=0.1), jobs.Policy())
+    assert (found.changed, found.state) == (False, State.LOST)
+
+
+def test_vanished_job_bars_another_version_for_a_while_only(job):
+    cluster = Cluster()
+    vanished(job, cluster)
+    other = dataclasses.replace(job, arguments=("--more",))
+    with pytest.raises(SpecDecodeError, match="Another version of the job is still active"):
+        jobs.ensure(other, under(cluster), jobs.Policy(check_mode=True))
+    assert "absent_since" not in jobs.read_record(job).last.details, "check mode writes nothing"
+    with pytest.raises(SpecDecodeError, match="Another version of the job is still active"):
+        jobs.ensure(other, under(cluster), jobs.Policy())
+    time.sleep(0.1)
+    assert jobs.ensure(other, under(cluster, absence_limit_s=0.1), jobs.Policy()).action is jobs.Action.SUBMIT
+
+
+def test_scheduler_that_did_not_answer_leaves_no_record_of_a_job_that_was_never_submitted(job, monkeypatch):
+    cluster = Cluster()
+    with monkeypatch.context() as patch, pytest.raises(Unanswered):
+        patch.setattr(cluster, "queue", lambda *_arguments: (_ for _ in ()).throw(Unanswered("squeue ended with 1")))
+        jobs.ensure(job, under(cluster), jobs.Policy())
+    assert jobs.read_record(job) is None
+    assert jobs.ensure(job, under(cluster), jobs.Policy()).record.last.number == 1
+
+
+def test_job_that_cannot_be_cancelled_keeps_none_of_the_others_running(job):
+    cluster = Cluster()
+    vanished(job, cluster)
+    other = dataclasses.replace(job, name="validate")
+    jobs.ensure(other, under(cluster), jobs.Policy())
+    params = {"experiment": job.experiment, "name": None, "directory": job.directory}
+    with pytest.raises(SpecDecodeError, match="Job 'train' .* is still PENDING"):
+        slurm_job.remove(params, under(cluster), jobs.Policy())
+    assert cluster.rows == [] and jobs.read_record(other).last.details["removed"]
 
 
 # the measurement window
