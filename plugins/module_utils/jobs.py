@@ -36,6 +36,7 @@ from .files import (
     sha256_value,
     tail,
     write_json,
+    write_text,
 )
 from .slurm_script import without_directives
 
@@ -115,6 +116,8 @@ class JobSpec:
     chdir: str = ""
     time_limit_s: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+    #: the script's text, where it comes from the task: the file ``script`` is written when the job is submitted
+    content: str | None = None
 
     def __post_init__(self) -> None:
         for label, value in (("experiment", self.experiment), ("job name", self.name)):
@@ -142,7 +145,8 @@ class JobSpec:
 
     def missing(self) -> list[str]:
         """The script, inputs and needed jobs that are not there (yet)."""
-        return [path for path in (self.script, *self.inputs) if not os.path.isfile(path)] + [
+        files = (*([self.script] if self.content is None else []), *self.inputs)
+        return [path for path in files if not os.path.isfile(path)] + [
             f"job {name!r}" for name in self.needs if not self._fingerprint_of(name)
         ]
 
@@ -158,15 +162,19 @@ class JobSpec:
                 f"Job {self.name!r} names {missing[0]} as its script or input, but there is no such thing.",
                 "Run the phase that makes it first.",
             )
-        with open(self.script, "rb") as stream:
-            script = without_directives(stream.read())
         return {
-            "script": sha256_bytes(script),
+            "script": sha256_bytes(without_directives(self._script())),
             "arguments": list(self.arguments),
             "environment": {key: sha256_text(value) for key, value in sorted(self.environment)},
             "inputs": self._inputs(),
             "needs": {name: self._fingerprint_of(name) for name in self.needs},
         }
+
+    def _script(self) -> bytes:
+        if self.content is not None:
+            return self.content.encode()
+        with open(self.script, "rb") as stream:
+            return stream.read()
 
     def _inputs(self) -> dict[str, str | list[str]]:
         """The checksum of each input by its file's name, not by its path; several of one name in their order."""
@@ -553,6 +561,8 @@ def _submit(
     write_record(spec, record)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(spec.progress)  # an older attempt's progress would be shown as this one's
+    if spec.content is not None:
+        write_text(spec.script, spec.content, mode=0o755)
     try:
         sighting = executor.submit(spec, record, attempt)
     except Unanswered:
@@ -610,7 +620,8 @@ def unmet_needs(spec: JobSpec) -> list[str]:
 
 def shown(spec: JobSpec) -> dict[str, Any]:
     """What a person compares: the script's text and the options it is submitted with."""
-    return {"script": read_text_or_none(spec.script) or "", "options": dict(spec.options), "arguments": list(spec.arguments)}
+    script = spec.content if spec.content is not None else read_text_or_none(spec.script) or ""
+    return {"script": script, "options": dict(spec.options), "arguments": list(spec.arguments)}
 
 
 def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:

@@ -47,7 +47,7 @@ options:
     description: Path of the batch script on the managed host.
     type: path
   content:
-    description: Text of the batch script, instead of O(script). It is kept beside the job's record.
+    description: Text of the batch script, instead of O(script). It is kept beside the job's record once the job is submitted.
     type: str
   arguments:
     description: Arguments of the script. They reach it as they are, without a shell in between.
@@ -340,7 +340,6 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.executors im
     EXECUTORS,
     executor_named,
 )
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_text
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_executor import Settings
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_policy import Serving
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_time import seconds
@@ -352,12 +351,13 @@ SLURM_OPTIONS = (
 )  # fmt: skip
 
 
-def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
+def job_spec(params: dict) -> jobs.JobSpec:
     """The job that the task's parameters describe."""
-    spec = jobs.JobSpec(
+    return jobs.JobSpec(
         experiment=params["experiment"],
-        name=name,
-        script=params["script"] or "",
+        name=params["name"],
+        script=params["script"] if params["content"] is None else os.path.join(params["directory"], params["name"], "script.sh"),
+        content=params["content"],
         directory=params["directory"],
         arguments=tuple(params["arguments"]),
         environment=tuple(variables(params["environment"], "environment", stated=False).items()),
@@ -370,12 +370,6 @@ def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
         time_limit_s=seconds(params["time"]) if params["time"] else 0,
         options=tuple([(key, params[key]) for key in SLURM_OPTIONS if params[key] is not None] + [*params["options"].items()]),
     )
-    if params["content"] is None:
-        return spec
-    script = os.path.join(spec.folder, "script.sh")
-    if not check_mode or not os.path.exists(script):
-        write_text(script, params["content"], mode=0o755)
-    return jobs.dataclasses.replace(spec, script=script)
 
 
 def diff(outcome: jobs.Outcome) -> list[dict]:
@@ -448,7 +442,7 @@ def run(module: AnsibleModule) -> dict:
         return query(params, executor)
     if params["state"] == "absent":
         return remove(params, executor, policy)
-    spec = job_spec(params, params["name"], module.check_mode)
+    spec = job_spec(params)
     outcome = jobs.ensure(spec, executor, policy)
     return {
         "changed": outcome.changed,

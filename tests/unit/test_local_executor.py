@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.action.slurm_job import ActionModule
@@ -24,6 +25,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.local_execut
     marked_processes,
     stop_marked,
 )
+from ansible_collections.inference.spec_decode.plugins.modules import slurm_job
 
 LIMIT_S = 20
 # one of each process: tests that run side by side stop only their own jobs
@@ -280,3 +282,43 @@ def test_attempt_that_was_never_started_is_withdrawn_by_the_teardown(job, monkey
     assert jobs.ensure(spec, LocalExecutor(), Policy()).record.last.number == 2
     ended(spec)
     assert jobs.ensure(spec, LocalExecutor(), Policy(attempts=2)).action is Action.RESUBMIT
+
+
+def module(folder, content, check_mode=False, diff=True, **given):
+    """One call of the module with a script in the task."""
+    params = {
+        **dict.fromkeys(slurm_job.SLURM_OPTIONS), **dict.fromkeys(("script", "result", "chdir")), "content": content,
+        **{name: [] for name in ("arguments", "inputs", "needs", "after", "verify", "retry_on")}, "environment": {},
+        **{name: [] for name in ("serving_partitions", "serving_nodes", "allowed_partitions")}, "absence_limit": 300,
+        "experiment": EXPERIMENT, "name": "work", "directory": str(folder), "executor": "local", "state": "present",
+        "attempts": 1, "on_change": "fail", "options": {}, **given,
+    }  # fmt: skip
+    return slurm_job.run(types.SimpleNamespace(params=params, check_mode=check_mode, _diff=diff))
+
+
+def test_script_in_the_task_is_written_when_the_job_is_submitted_and_never_by_a_check(tmp_path):
+    folder = tmp_path / "jobs"
+    found = module(folder, "exit 0\n", check_mode=True)
+    assert (found["changed"], found["diff"][-1]["after"]) == (True, "exit 0\n") and not folder.exists()
+    assert module(folder, "exit 0\n")["submitted"]
+    spec = jobs.JobSpec(EXPERIMENT, "work", "", str(folder))
+    assert ended(spec).state is State.COMPLETED
+    assert (folder / "work/script.sh").read_text() == "exit 0\n"
+    assert module(folder, "exit 0\n", check_mode=True)["action"] == "nothing"
+    found = module(folder, "exit 1\n", check_mode=True)
+    assert (found["action"], found["diff"]) == (
+        "submit",
+        [{"before_header": "script", "after_header": "script", "before": "exit 0\n", "after": "exit 1\n"}],
+    )
+    assert (folder / "work/script.sh").read_text() == "exit 0\n"
+    assert module(folder, "exit 1\n")["submitted"] and ended(spec).exit_code == 1
+
+
+def test_changed_script_in_the_task_touches_no_running_job(tmp_path):
+    module(tmp_path, "exec sleep 60\n")
+    try:
+        with pytest.raises(SpecDecodeError, match="still active. It differs in: script"):
+            module(tmp_path, "exec sleep 61\n")
+        assert (tmp_path / "work/script.sh").read_text() == "exec sleep 60\n"
+    finally:
+        stop_marked("SPEC_DECODE_EXPERIMENT", EXPERIMENT, grace_s=0.5)
