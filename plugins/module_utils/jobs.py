@@ -352,6 +352,11 @@ def _says_complete(path: str, fingerprint: str) -> bool:
     return isinstance(result, dict) and result.get("status") == "complete" and result.get("fingerprint") == fingerprint
 
 
+def was_done_already(record: Record) -> bool:
+    """Whether the work was complete without an attempt of this record's, and still is."""
+    return record.last is None and _says_complete(record.result, record.fingerprint)
+
+
 def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bool, policy: Policy) -> tuple[Action, str]:
     """The table of outcomes: what is found → what happens, with the reason in words. Pure."""
     if sighting.state is State.UNKNOWN:
@@ -747,8 +752,17 @@ def describe(spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
         "fingerprint": outcome.fingerprint,
         "log": spec.log,
         "log_tail": tail(spec.log) if bad else [],
-        "progress": read_json_or_none(spec.progress, "progress file") or {},
+        "progress": _progress(spec),
     }
+
+
+def _progress(spec: JobSpec) -> dict[str, Any]:
+    """What the job says of itself; nothing where a script of the user's own is just writing it, or wrote something else."""
+    try:
+        found = read_json_or_none(spec.progress, "progress file")
+    except SpecDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from .jobs import (
     query,
     recorded,
     unmet_needs,
+    was_done_already,
     write_record,
 )
 from .slurm_client import Slurm
@@ -154,20 +155,20 @@ class SlurmExecutor:
 
     def submit(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
         """Run ``sbatch`` once. After an unclear end the next look-up, not a second sbatch, tells what came of it."""
-        with open(spec.script, encoding="utf-8", errors="surrogateescape") as stream:
-            script = stream.read()
+        with open(spec.script, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            script = stream.read().replace("\r\n", "\n")  # sbatch refuses such endings; all other bytes stay as they are
+        environment = {**os.environ, **job_environment(spec, record, attempt)}
         options = requested(spec, script)
-        options.update(self._kept_off_serving({**options_of(script), **options_in(os.environ), **options}))
+        options.update(self._kept_off_serving({**options_of(script), **options_in(environment), **options}))
         command = [*self._identity(spec, record, attempt), *[option(name, value) for name, value in options.items()]]
         # The script as it is now: what is edited later must not run under this fingerprint.
         copy, batch = _file(spec, attempt, "script"), _file(spec, attempt, "batch")
-        write_text(copy, script, mode=0o755)
-        write_text(batch, wrapper(script), mode=0o755)
+        write_text(copy, script, mode=0o755, errors="surrogateescape")
+        write_text(batch, wrapper(script), mode=0o755, errors="surrogateescape")
         command += [batch, _claim(spec, attempt), _exit_note(spec, attempt), str(len(spec.verify)), *spec.verify,
                     copy, *spec.arguments]  # fmt: skip
         attempt.details = {"submitting_at": time.time()}
         write_record(spec, record)
-        environment = {**os.environ, **job_environment(spec, record, attempt)}
         try:
             job_id = self.slurm.submit(command, environment, spec.folder)
         except Unanswered as error:
@@ -219,7 +220,7 @@ class SlurmExecutor:
             needed = dataclasses.replace(spec, name=name)
             found = query(needed, self)
             seen = found.sighting
-            if seen.state is State.COMPLETED:
+            if seen.state is State.COMPLETED or (found.record is not None and was_done_already(found.record)):
                 continue
             check_ours(needed, self, found.record)
             if seen.state is State.UNKNOWN:
@@ -233,9 +234,12 @@ class SlurmExecutor:
 
     def _kept_off_serving(self, options: dict[str, Any]) -> dict[str, Any]:
         """Refuse what would disturb serving; returns options that keep the job off serving's nodes."""
+        qualities = self.slurm.qualities()
+        # What a job gets that names none matters only where one of them preempts.
+        asked = any(qualities.values()) and not options.get("qos")
         return slurm_policy.admit(
-            options, self.settings.serving, self.slurm.show("partition"), self.slurm.show("node"),
-            self.slurm.show("config"), self.slurm.qualities(), self.slurm.default_qualities(getpass.getuser()),
+            options, self.settings.serving, self.slurm.show("partition"), self.slurm.show("node"), self.slurm.show("config"),
+            qualities, self.slurm.default_qualities(getpass.getuser()) if asked else [],
         )  # fmt: skip
 
     # cancelling

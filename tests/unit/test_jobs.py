@@ -502,6 +502,15 @@ def test_job_of_another_user_is_shown_as_recorded_and_nothing_is_noted(spec):
     assert jobs.read_record(spec).last.state is State.RUNNING
 
 
+@pytest.mark.parametrize(("text", "progress"), [('{"text": "st', {}), ("[1]", {}), ('{"text": "step 1"}', {"text": "step 1"})])
+def test_progress_that_a_script_is_just_writing_fails_no_look(spec, text, progress):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    with open(spec.progress, "w") as stream:
+        stream.write(text)
+    assert jobs.describe(spec, jobs.query(spec, executor))["progress"] == progress
+
+
 def test_broken_record_is_one_clear_error(spec):
     os.makedirs(spec.folder)
     with open(jobs.record_path(spec), "w") as stream:

@@ -273,9 +273,12 @@ def test_job_that_a_teardown_could_not_stop_is_an_ordinary_one_once_it_is_wanted
 
 
 def test_attempt_that_was_never_started_is_withdrawn_by_the_teardown(job, monkeypatch):
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
     spec = job("exit 3\n")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LocalExecutor, "submit", lambda *_arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(LocalExecutor, "submit", killed)
         jobs.ensure(spec, LocalExecutor(), Policy())
     removed = jobs.remove(spec, LocalExecutor(), Policy())
     assert (removed.changed, removed.state) == (False, State.CANCELLED)

@@ -105,6 +105,16 @@ def test_signal_that_a_shell_reports_is_a_signal():
     assert (row.sighting().exit_code, row.sighting().signal) == (None, 9)
 
 
+def test_newest_record_of_each_task_of_an_array_counts():
+    rows = slurm_rows.parse_sacct(
+        "5_1|a|0|FAILED|3:0|1|n1|None|2026-11-24T22:21:00|2026-11-24T22:21:01\n"
+        "5_2|a|0|NODE_FAIL|0:0|1|n1|None|2026-11-24T22:21:00|2026-11-24T22:21:01\n"
+        "5_2|a|0|COMPLETED|0:0|1|n2|None|2026-11-24T22:25:00|2026-11-24T22:25:01\n"
+    )
+    newest = slurm_rows.newest(rows)
+    assert [row.state for row in newest] == [State.FAILED, State.COMPLETED] and slurm_rows.fold(newest).state is State.FAILED
+
+
 def test_array_is_alive_while_a_task_is_and_as_bad_as_its_worst():
     row = slurm_rows.Row("1", "a", 0, State.COMPLETED, nodes="n1")
     failed, running = dataclasses.replace(row, state=State.FAILED), dataclasses.replace(row, state=State.RUNNING, nodes="n2")
@@ -317,6 +327,8 @@ class Cluster:
     def __init__(self):
         self.rows = []
         self.commands = []
+        self.preempting = {}
+        self.questions = 0
 
     def queue(self, names, uid):
         return [row for row in self.rows if row.name in names]
@@ -341,10 +353,11 @@ class Cluster:
         return 0.0
 
     def qualities(self):
-        return {}
+        return self.preempting
 
     def default_qualities(self, user):
-        return []
+        self.questions += 1
+        return ["normal"]
 
 
 @pytest.fixture
@@ -372,6 +385,49 @@ def test_attempt_whose_record_was_moved_aside_leaves_its_claim_to_no_other(job, 
         keys.append(outcome.record.last.key)
         assert outcome.changed and outcome.record.last.number == number
     assert len(set(keys)) == len(cluster.commands) == 3
+
+
+def test_partition_that_a_variable_of_the_job_names_is_judged_as_any_other(job):
+    job = dataclasses.replace(job, environment=(("SBATCH_PARTITION", "serving"),))
+    cluster = Cluster()
+    with pytest.raises(SpecDecodeError, match="would preempt jobs of train"):
+        jobs.ensure(job, under(cluster), jobs.Policy())
+    assert cluster.commands == []
+
+
+def test_defaults_of_the_user_are_asked_for_only_where_they_matter(job):
+    cluster = Cluster()
+    jobs.ensure(job, under(cluster), jobs.Policy())
+    cluster.preempting = {"urgent": "normal", "normal": ""}
+    jobs.ensure(dataclasses.replace(job, name="named", options=(("qos", "normal"),)), under(cluster), jobs.Policy())
+    assert cluster.questions == 0
+    jobs.ensure(dataclasses.replace(job, name="unnamed"), under(cluster), jobs.Policy())
+    assert cluster.questions == 1
+
+
+def test_script_reaches_slurm_byte_for_byte(job):
+    text = b"#!/bin/bash\n# Latin-1: \xe9\nprintf 'a\rb' # a return of its own\n"
+    pathlib.Path(job.script).write_bytes(text)
+    key = jobs.ensure(job, under(Cluster()), jobs.Policy()).record.last.key
+    assert pathlib.Path(job.folder, f"script-{key}").read_bytes() == text
+    pathlib.Path(job.script).write_bytes(b"#SBATCH --comment=\xe9\r\necho\r\n")
+    key = jobs.ensure(dataclasses.replace(job, name="dos"), under(Cluster()), jobs.Policy()).record.last.key
+    folder = pathlib.Path(job.directory, "dos")
+    assert (folder / f"script-{key}").read_bytes() == b"#SBATCH --comment=\xe9\necho\n"
+    assert (folder / f"batch-{key}").read_bytes().startswith(b"#!/bin/bash\n#SBATCH --comment=\xe9\n")
+
+
+def test_job_that_must_succeed_first_may_be_complete_by_its_result_alone(job, tmp_path):
+    first = dataclasses.replace(job, name="first", result=str(tmp_path / "result.json"))
+    second = dataclasses.replace(job, name="second", after=("first",))
+    cluster = Cluster()
+    write_json(first.result, {"status": "complete", "fingerprint": first.fingerprint()})
+    assert jobs.ensure(first, under(cluster), jobs.Policy()).action is jobs.Action.NOTHING
+    assert jobs.ensure(second, under(cluster), jobs.Policy()).changed
+    assert "--dependency=singleton" in cluster.commands[0]
+    os.unlink(first.result)
+    with pytest.raises(SpecDecodeError, match="needs job 'first', which is neither complete nor active"):
+        jobs.ensure(dataclasses.replace(second, name="third"), under(cluster), jobs.Policy())
 
 
 def vanished(job, cluster):
@@ -404,9 +460,12 @@ def test_vanished_job_bars_another_version_for_a_while_only(job):
 
 
 def test_scheduler_that_did_not_answer_leaves_no_record_of_a_job_that_was_never_submitted(job, monkeypatch):
+    def silent(*_arguments):
+        raise Unanswered("squeue ended with 1")
+
     cluster = Cluster()
     with monkeypatch.context() as patch, pytest.raises(Unanswered):
-        patch.setattr(cluster, "queue", lambda *_arguments: (_ for _ in ()).throw(Unanswered("squeue ended with 1")))
+        patch.setattr(cluster, "queue", silent)
         jobs.ensure(job, under(cluster), jobs.Policy())
     assert jobs.read_record(job) is None
     assert jobs.ensure(job, under(cluster), jobs.Policy()).record.last.number == 1
