@@ -52,6 +52,13 @@ class ActionModule(ActionBase):
                 display.display(f"  {self._host}{progress_line(job)}")
             if job["state"] == "COMPLETED":
                 break
+            if not job["alive"] and job["removed"]:
+                return {
+                    **result,
+                    "failed": True,
+                    "changed": changed,
+                    "msg": f"Job {job['name']!r} was cancelled by the teardown. Run the playbook again to start it anew.",
+                }
             if not job["alive"]:
                 again = self._ask(arguments, task_vars)
                 if again.get("failed"):

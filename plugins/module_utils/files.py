@@ -19,11 +19,12 @@ from typing import Any
 from .errors import SpecDecodeError
 
 
-def write_text(path: str, text: str, mode: int = 0o644) -> bool:
+def write_text(path: str, text: str, mode: int = 0o644, errors: str = "strict") -> bool:
     """Write ``text`` so that a reader sees the old file or the whole new one.
 
     The text goes to a temporary file beside ``path``, is flushed to the disk and
-    renamed last. Returns whether the content differed from what stood there.
+    renamed last. ``errors`` says what becomes of a character that is none, as for :func:`open`.
+    Returns whether the content differed from what stood there.
     """
     if read_text_or_none(path) == text and (os.stat(path).st_mode & 0o777) == mode:
         return False
@@ -34,7 +35,7 @@ def write_text(path: str, text: str, mode: int = 0o644) -> bool:
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", errors=errors, newline="") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -14,10 +14,12 @@ submit it and cancel it; everything else is decided here, once for all executors
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import enum
 import fcntl
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,7 @@ from .files import (
     sha256_value,
     tail,
     write_json,
+    write_text,
 )
 from .slurm_script import without_directives
 
@@ -62,6 +65,7 @@ class State(str, enum.Enum):
 
 ALIVE = frozenset({State.PENDING, State.RUNNING, State.PREEMPTED, State.REQUEUED})
 ENDED_BADLY = frozenset({State.FAILED, State.TIMEOUT, State.CANCELLED, State.NODE_FAIL, State.OUT_OF_MEMORY, State.LOST})
+ENDED = ENDED_BADLY | {State.COMPLETED}
 
 
 class Action(str, enum.Enum):
@@ -112,6 +116,8 @@ class JobSpec:
     chdir: str = ""
     time_limit_s: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+    #: the script's text, where it comes from the task: the file ``script`` is written when the job is submitted
+    content: str | None = None
 
     def __post_init__(self) -> None:
         for label, value in (("experiment", self.experiment), ("job name", self.name)):
@@ -139,7 +145,8 @@ class JobSpec:
 
     def missing(self) -> list[str]:
         """The script, inputs and needed jobs that are not there (yet)."""
-        return [path for path in (self.script, *self.inputs) if not os.path.isfile(path)] + [
+        files = (*([self.script] if self.content is None else []), *self.inputs)
+        return [path for path in files if not os.path.isfile(path)] + [
             f"job {name!r}" for name in self.needs if not self._fingerprint_of(name)
         ]
 
@@ -155,15 +162,26 @@ class JobSpec:
                 f"Job {self.name!r} names {missing[0]} as its script or input, but there is no such thing.",
                 "Run the phase that makes it first.",
             )
-        with open(self.script, "rb") as stream:
-            script = without_directives(stream.read())
         return {
-            "script": sha256_bytes(script),
+            "script": sha256_bytes(without_directives(self._script())),
             "arguments": list(self.arguments),
             "environment": {key: sha256_text(value) for key, value in sorted(self.environment)},
-            "inputs": {os.path.basename(path): sha256_file(path) for path in self.inputs},
+            "inputs": self._inputs(),
             "needs": {name: self._fingerprint_of(name) for name in self.needs},
         }
+
+    def _script(self) -> bytes:
+        if self.content is not None:
+            return self.content.encode()
+        with open(self.script, "rb") as stream:
+            return stream.read()
+
+    def _inputs(self) -> dict[str, str | list[str]]:
+        """The checksum of each input by its file's name, not by its path; several of one name in their order."""
+        found: dict[str, list[str]] = {}
+        for path in dict.fromkeys(self.inputs):
+            found.setdefault(os.path.basename(path), []).append(sha256_file(path))
+        return {name: sums[0] if len(sums) == 1 else sums for name, sums in found.items()}
 
     def fingerprint(self) -> str:
         """64 hexadecimal digits that change when, and only when, the work changes."""
@@ -214,7 +232,7 @@ class Record:
         """Attempts that began and failed since the last failure that the user was told about.
 
         One that was complete once, and whose result somebody took away or replaced, is no failure; nor is one that the
-        teardown ended.
+        teardown put an end to.
         """
         since = self.attempts[self.forgiven :]
         return sum(not {"never_ran", "was_complete", "removed"} & attempt.details.keys() for attempt in since)
@@ -334,6 +352,11 @@ def _says_complete(path: str, fingerprint: str) -> bool:
     return isinstance(result, dict) and result.get("status") == "complete" and result.get("fingerprint") == fingerprint
 
 
+def was_done_already(record: Record) -> bool:
+    """Whether the work was complete without an attempt of this record's, and still is."""
+    return record.last is None and _says_complete(record.result, record.fingerprint)
+
+
 def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bool, policy: Policy) -> tuple[Action, str]:
     """The table of outcomes: what is found → what happens, with the reason in words. Pure."""
     if sighting.state is State.UNKNOWN:
@@ -362,7 +385,7 @@ def decide(fingerprint: str, record: Record | None, sighting: Sighting, done: bo
         return Action.SUBMIT, "The job was recorded, but never reached the scheduler."
     if sighting.never_ran:
         return Action.SUBMIT, "What the job waited for had failed, so it never ran."
-    if sighting.state is State.CANCELLED and record.last.details.get("removed"):
+    if record.last.details.get("removed"):
         return Action.SUBMIT, "It was cancelled by the teardown, as the user wished."
     if record.told:
         return Action.RESUBMIT, f"The job ended as {sighting.state.value}, which was reported; it is asked for again."
@@ -387,7 +410,7 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
     fingerprint = spec.fingerprint()
     with _locked(spec, policy.check_mode):
         record = read_record(spec) or _found_without_record(spec, executor, fingerprint, policy)
-        _check_owner(spec, record)
+        check_ours(spec, executor, record)
         sighting = _look_up(spec, executor, record)
         done = result_is_done(spec, fingerprint)
         action, message = decide(fingerprint, record, sighting, done, policy)
@@ -406,10 +429,11 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
         )
         if action is Action.FAIL:
             reported = record is not None and record.fingerprint == fingerprint and sighting.state in ENDED_BADLY
-            if record is not None and reported and not policy.check_mode:
-                # The user hears of it now; calling again after mending the cause starts afresh.
-                record.forgiven = len(record.attempts)
-                write_record(spec, record)
+            if record is not None and sighting.state is not State.UNKNOWN and not policy.check_mode:
+                if reported:
+                    # The user hears of it now; calling again after mending the cause starts afresh.
+                    record.forgiven = len(record.attempts)
+                write_record(spec, record)  # with since when the job has not been seen, or it would never count as lost
             failure = Unanswered if sighting.state is State.UNKNOWN else SpecDecodeError
             raise failure(*explain_failure(spec, outcome))
         if policy.check_mode:
@@ -423,10 +447,11 @@ def ensure(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
             outcome.state = outcome.sighting.state
         else:
             if record is None or record.fingerprint != fingerprint:
-                # The work was there already; jobs that need this one know it by its record.
                 record = _renewed(spec, executor, record, fingerprint, outcome.after)
-                write_record(spec, record)
-            elif record.last is not None:
+            if record.last is None:
+                write_record(spec, record)  # the work was there already; jobs that need this one know it by its record
+            else:
+                record.last.details.pop("removed", None)  # a teardown that could not stop it; it is wanted again
                 _note(spec, record, sighting)
             outcome.record = record
         return outcome
@@ -438,20 +463,22 @@ def query(spec: JobSpec, executor: Executor) -> Outcome:
 
 
 def query_all(specs: Sequence[JobSpec], executor: Executor) -> list[Outcome]:
-    """Look many recorded jobs up, with one question to the scheduler."""
+    """Look many recorded jobs up, with one question to the scheduler. Of another's the record alone tells."""
     records = [read_record(spec) for spec in specs]
+    before = copy.deepcopy(records)
     known = {
         number: (spec, record, record.last)
         for number, (spec, record) in enumerate(zip(specs, records))
-        if record is not None and record.last is not None
+        if record is not None and record.last is not None and _can_tell(spec, executor, record)
     }
     seen = dict(zip(known, executor.look_up_all(list(known.values()))))
     outcomes = []
     for number, (spec, record) in enumerate(zip(specs, records)):
-        sighting = seen.get(number, Sighting(State.ABSENT))
+        sighting = Sighting(State.ABSENT)
         if record is not None and record.last is not None:
-            sighting = _with_result(record, sighting)
-            _note(spec, record, sighting)
+            sighting = _with_result(record, seen.get(number, recorded(record.last)))
+            if number in seen:
+                record = _note_unless_changed(spec, before[number], record, sighting)
         fingerprint = record.fingerprint if record else ""
         outcomes.append(Outcome(Action.NOTHING, False, sighting.state, fingerprint, record, sighting))
     return outcomes
@@ -461,7 +488,7 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
     """Cancel the job if it is active. Only a job with a record of this experiment is touched."""
     with _locked(spec, policy.check_mode):
         record = read_record(spec)
-        _check_owner(spec, record)
+        check_ours(spec, executor, record)
         sighting = _look_up(spec, executor, record)
         alive = sighting.state in ALIVE
         if sighting.state is State.UNKNOWN:
@@ -469,13 +496,21 @@ def remove(spec: JobSpec, executor: Executor, policy: Policy) -> Outcome:
                 f"Job {spec.name!r} cannot be cancelled, because the scheduler did not answer: {sighting.reason}.",
                 "Run the teardown again once it does.",
             )
-        if alive and record is not None and record.last is not None and not policy.check_mode:
-            executor.cancel(spec, record, record.last)
-            record.last.details["removed"] = True
-            sighting = executor.look_up(spec, record, record.last)
+        last = record.last if record else None
+        if record is not None and last is not None and sighting.state is not State.COMPLETED and not policy.check_mode:
+            # Before anything ends: a play that waits for the job must not take its end for a failure and submit it again.
+            last.details["removed"] = True
+            write_record(spec, record)
+            if alive:
+                executor.cancel(spec, record, last)
+                sighting = executor.look_up(spec, record, last)
+            elif sighting.state is State.ABSENT:
+                sighting = Sighting(State.CANCELLED, reason="it was recorded, but never submitted")
             if sighting.state in ALIVE:
+                write_record(spec, record)
+                why = f" ({sighting.reason})" if sighting.reason else ""
                 raise SpecDecodeError(
-                    f"Job {spec.name!r} ({sighting.job_id}) is still {sighting.state.value} after it was cancelled.",
+                    f"Job {spec.name!r} ({sighting.job_id}) is still {sighting.state.value} after it was cancelled{why}.",
                     "Run the teardown again.",
                 )
             _note(spec, record, sighting)
@@ -527,10 +562,20 @@ def _submit(
         attempt = Attempt(record.numbered, attempt_key(spec, fingerprint, record.numbered), now())
         record.attempts.append(attempt)
     # else: recorded by a call that was killed before it could submit: the same attempt, not another
+    attempt.details = {}
     write_record(spec, record)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(spec.progress)  # an older attempt's progress would be shown as this one's
-    sighting = executor.submit(spec, record, attempt)
+    if spec.content is not None:
+        write_text(spec.script, spec.content, mode=0o755)
+    try:
+        sighting = executor.submit(spec, record, attempt)
+    except Unanswered:
+        raise
+    except SpecDecodeError as error:
+        attempt.details["refused"] = error.message  # it surely runs nowhere
+        write_record(spec, record)
+        raise
     _note(spec, record, sighting)
     return record, sighting
 
@@ -545,15 +590,22 @@ def _renewed(spec: JobSpec, executor: Executor, record: Record | None, fingerpri
 
 
 def _found_without_record(spec: JobSpec, executor: Executor, fingerprint: str, policy: Policy) -> Record | None:
-    """The record was lost, but the job may live: keys are the same whenever they are computed again."""
+    """The record was lost, but the job may live: keys are the same whenever they are computed again.
+
+    A number whose attempt ended is not given again: a new job under the same key would take the work for done by the old one.
+    """
     record = Record(spec.experiment, spec.name, executor.name, fingerprint, spec.identity(), os.getuid(), spec.result)
-    for number in range(1, policy.attempts + 1):
+    for number in itertools.count(1):
         attempt = Attempt(number, attempt_key(spec, fingerprint, number), now())
         seen = executor.look_up(spec, record, attempt)
         if seen.state in ALIVE or seen.state is State.UNKNOWN:
             record.numbered, record.attempts = number, [attempt]
             return record
-    return None
+        if seen.state is not State.ABSENT:
+            record.numbered = number
+        elif number >= policy.attempts:
+            break
+    return record if record.numbered else None
 
 
 def unmet_needs(spec: JobSpec) -> list[str]:
@@ -573,7 +625,8 @@ def unmet_needs(spec: JobSpec) -> list[str]:
 
 def shown(spec: JobSpec) -> dict[str, Any]:
     """What a person compares: the script's text and the options it is submitted with."""
-    return {"script": read_text_or_none(spec.script) or "", "options": dict(spec.options), "arguments": list(spec.arguments)}
+    script = spec.content if spec.content is not None else read_text_or_none(spec.script) or ""
+    return {"script": script, "options": dict(spec.options), "arguments": list(spec.arguments)}
 
 
 def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
@@ -590,10 +643,33 @@ def _note(spec: JobSpec, record: Record, sighting: Sighting) -> None:
     write_record(spec, record)
 
 
+def _note_unless_changed(spec: JobSpec, before: Record | None, record: Record, sighting: Sighting) -> Record:
+    """Note what was seen without the job's lock, unless somebody has the lock or noted something since.
+
+    Returns the record as it is now, as far as it is still about the attempt that was looked at.
+    """
+    with _locked(spec, check_mode=False, wait=False) as held:
+        current = read_record(spec)
+        if held and current == before:
+            _note(spec, record, sighting)
+            return record
+    if current is None or current.last is None or record.last is None or current.last.key != record.last.key:
+        return record
+    return current
+
+
 def _look_up(spec: JobSpec, executor: Executor, record: Record | None) -> Sighting:
     if record is None or record.last is None:
         return Sighting(State.ABSENT)
-    return _with_result(record, executor.look_up(spec, record, record.last))
+    known = _can_tell(spec, executor, record)
+    return _with_result(record, executor.look_up(spec, record, record.last) if known else recorded(record.last))
+
+
+def recorded(attempt: Attempt) -> Sighting:
+    """What was seen of ``attempt`` when it was last looked at."""
+    return Sighting(
+        attempt.state, job_id=attempt.job_id, reason=attempt.reason, exit_code=attempt.exit_code, signal=attempt.signal
+    )
 
 
 def _with_result(record: Record, sighting: Sighting) -> Sighting:
@@ -611,13 +687,36 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str = ""
             yield f"{prefix}{key}"
 
 
-def _check_owner(spec: JobSpec, record: Record | None) -> None:
-    if record is not None and record.owner != os.getuid():
+def _can_tell(spec: JobSpec, executor: Executor, record: Record) -> bool:
+    """Whether ``executor`` knows what became of the recorded attempts: this very job's, this user's, and run by it."""
+    found = (record.experiment, record.name, record.owner, record.executor)
+    return found == (spec.experiment, spec.name, os.getuid(), executor.name)
+
+
+def check_ours(spec: JobSpec, executor: Executor, record: Record | None) -> None:
+    """Refuse to act on a job of another experiment, of another user, or that may still run under another executor."""
+    if record is None:
+        return
+    job = f"Job {spec.name!r} of experiment {spec.experiment!r}"
+    if (record.experiment, record.name) != (spec.experiment, spec.name):
         raise SpecDecodeError(
-            f"Job {spec.name!r} of experiment {spec.experiment!r} belongs to the user with uid {record.owner},"
-            f" and you are uid {os.getuid()}.",
+            f"{job}: its record {record_path(spec)} is that of job {record.name!r} of experiment {record.experiment!r},"
+            " so the folder was copied or renamed.",
+            f"Use that experiment's own name and folder; of a copy, take {spec.directory} away.",
+        )
+    if record.owner != os.getuid():
+        raise SpecDecodeError(
+            f"{job} belongs to the user with uid {record.owner}, and you are uid {os.getuid()}.",
             "Use another experiment name, or run as that user.",
         )
+    last = record.last
+    if record.executor == executor.name or last is None or last.state in ENDED or "refused" in last.details:
+        return
+    raise SpecDecodeError(
+        f"{job} runs under {record.executor}, as far as its record {record_path(spec)} knows, and this is {executor.name}.",
+        f"Use that inventory (spec_executor: {record.executor}), for a teardown too; once the job has ended, playbooks/status.yml"
+        " with that inventory notes it.",
+    )
 
 
 def known_jobs(directory: str) -> list[str]:
@@ -642,6 +741,7 @@ def describe(spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
         "job_id": sighting.job_id or (last.job_id if last else ""),
         "state": outcome.state.value,
         "alive": outcome.state in ALIVE,
+        "removed": bool(last and last.details.get("removed")),
         "reason": sighting.reason,
         "exit_code": sighting.exit_code,
         "signal": sighting.signal,
@@ -652,23 +752,44 @@ def describe(spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
         "fingerprint": outcome.fingerprint,
         "log": spec.log,
         "log_tail": tail(spec.log) if bad else [],
-        "progress": read_json_or_none(spec.progress, "progress file") or {},
+        "progress": _progress(spec),
     }
 
 
+def _progress(spec: JobSpec) -> dict[str, Any]:
+    """What the job says of itself; nothing where a script of the user's own is just writing it, or wrote something else."""
+    try:
+        found = read_json_or_none(spec.progress, "progress file")
+    except SpecDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextlib.contextmanager
-def _locked(spec: JobSpec, check_mode: bool) -> Iterator[None]:
-    """Hold the job's lock, so that two plays cannot submit it twice. Check mode leaves no folder behind."""
+def _locked(spec: JobSpec, check_mode: bool, wait: bool = True) -> Iterator[bool]:
+    """Hold the job's lock, so that two plays cannot submit it twice; says whether it is held.
+
+    Check mode leaves no folder behind. Without ``wait``, who has the lock is left to it.
+    """
     if check_mode and not os.path.isdir(spec.folder):
-        yield
+        yield False
         return
     try:
         os.makedirs(spec.folder, exist_ok=True)
         lock = open(os.path.join(spec.folder, "lock"), "a", encoding="utf-8")  # noqa: SIM115 (held below)
     except OSError as error:
+        if not wait:
+            yield False
+            return
         raise SpecDecodeError(
             f"Cannot keep the job record in {spec.folder}: {error.strerror}.", "Mend it and run again."
         ) from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            if wait:
+                raise
+            held = False
+        yield held

@@ -22,6 +22,7 @@ from .errors import SpecDecodeError
 from .files import read_json, read_json_object
 from .fit import PREFILL_UTILISATION, WIDTH, capture_rate, feature_bytes_per_token
 from .inspection import ANSWER
+from .launchers import SCRIPTS, resources
 from .specforge import BACKENDS, chosen_interface
 from .waiting import clock
 
@@ -77,6 +78,7 @@ class Asked:
     executor: str = "local"
     slurm: dict[str, Any] = dataclasses.field(default_factory=dict)
     slurm_phases: dict[str, Any] = dataclasses.field(default_factory=dict)
+    slurm_cluster: str = ""
     confirm_target_architecture: bool = False
     confirm_shared_work_dir: bool = False
     confirmed_versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -348,12 +350,13 @@ def _measured_rate(work_dir: str, sha: str) -> float:
 def _slurm(asked: Asked) -> list[dict[str, Any]]:
     """Whether the cluster can run the jobs, and whether its nodes see the work folder."""
     found, nodes = [], []
-    places = {
-        str(each.get("partition") or asked.slurm.get("partition") or "") for each in [asked.slurm, *asked.slurm_phases.values()]
-    }
-    wanted = max(int(each.get("nodes") or 1) for each in [asked.slurm, *asked.slurm_phases.values()])
-    for partition in sorted(places):
-        listed, fault = site_facts.slurm_nodes(partition)
+    try:
+        jobs = [resources(asked.slurm, asked.slurm_phases, phase) for phase in SCRIPTS]
+    except SpecDecodeError as error:
+        return [_check("nodes", False, error.message, error.remedy)]
+    wanted = max(int(job["nodes"]) for job in jobs)
+    for partition in sorted({str(job.get("partition") or "") for job in jobs}):
+        listed, fault = site_facts.slurm_nodes(partition, asked.slurm_cluster)
         nodes += listed
         usable, idle = sum(node.usable for node in listed), sum(node.idle for node in listed)
         name = f"partition {partition}" if partition else "the cluster"

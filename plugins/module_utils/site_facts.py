@@ -39,11 +39,12 @@ class Node:
         return self.state == "idle"
 
 
-def slurm_nodes(partition: str, limit_s: float = 20.0) -> tuple[list[Node], str]:
+def slurm_nodes(partition: str, cluster: str = "", limit_s: float = 20.0) -> tuple[list[Node], str]:
     """The nodes of a partition (of all if empty), or why ``sinfo`` does not tell."""
     if not shutil.which("sinfo"):
         return [], "there is no sinfo here"
-    command = ["sinfo", "--noheader", "--Node", "--format", "%N|%T|%o", *(["--partition", partition] if partition else [])]
+    place = [f"--{name}={value}" for name, value in (("clusters", cluster), ("partition", partition)) if value]
+    command = ["sinfo", "--noheader", "--Node", "--format", "%N|%T|%o", *place]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -58,9 +59,9 @@ def parse_nodes(text: str) -> list[Node]:
     """Lines of ``name|state|address``; a node in several partitions stands once. Marks such as ``*`` are taken off."""
     found: dict[str, Node] = {}
     for line in text.splitlines():
-        name, _bar, rest = line.strip().partition("|")
+        name, bar, rest = line.strip().partition("|")
         state, _bar, address = rest.partition("|")
-        if name:
+        if bar:  # else the name of a cluster, which stands before its nodes
             # "*" is a node that does not respond; other marks say how it is powered
             word = "down" if state.endswith("*") else state.rstrip("~#!%$@^-+").lower()
             found[name] = Node(name, word, address or name)

@@ -30,9 +30,12 @@ from .jobs import (
     Record,
     Sighting,
     State,
+    check_ours,
     job_environment,
     query,
+    recorded,
     unmet_needs,
+    was_done_already,
     write_record,
 )
 from .slurm_client import Slurm
@@ -114,14 +117,14 @@ class SlurmExecutor:
                 attempt.details.pop("absent_since", None)
                 return row.sighting()
         if attempt.state not in (State.ABSENT, *ALIVE):
-            return _recorded(attempt)
+            return recorded(attempt)
         return self._traces(spec, attempt)
 
     def _traces(self, spec: JobSpec, attempt: Attempt) -> Sighting:
         """Slurm answered, and knows the job no more, or not yet: what the record and the job itself left."""
         ended = read_json_or_none(_exit_note(spec, attempt), "exit note of the job")
         if ended is not None:
-            return _ended(attempt, int(ended["exit_code"]), str(ended["job_id"]))
+            return _ended(attempt, int(ended["exit_code"]), str(ended.get("job_id", "")))
         claimed = _claimed_by(spec, attempt)
         if not attempt.job_id and not claimed:
             return self._submission_in_flight(attempt)
@@ -152,20 +155,20 @@ class SlurmExecutor:
 
     def submit(self, spec: JobSpec, record: Record, attempt: Attempt) -> Sighting:
         """Run ``sbatch`` once. After an unclear end the next look-up, not a second sbatch, tells what came of it."""
-        with open(spec.script, encoding="utf-8", errors="surrogateescape") as stream:
-            script = stream.read()
+        with open(spec.script, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            script = stream.read().replace("\r\n", "\n")  # sbatch refuses such endings; all other bytes stay as they are
+        environment = {**os.environ, **job_environment(spec, record, attempt)}
         options = requested(spec, script)
-        options.update(self._kept_off_serving({**options_of(script), **options_in(os.environ), **options}))
+        options.update(self._kept_off_serving({**options_of(script), **options_in(environment), **options}))
         command = [*self._identity(spec, record, attempt), *[option(name, value) for name, value in options.items()]]
         # The script as it is now: what is edited later must not run under this fingerprint.
         copy, batch = _file(spec, attempt, "script"), _file(spec, attempt, "batch")
-        write_text(copy, script, mode=0o755)
-        write_text(batch, wrapper(script), mode=0o755)
+        write_text(copy, script, mode=0o755, errors="surrogateescape")
+        write_text(batch, wrapper(script), mode=0o755, errors="surrogateescape")
         command += [batch, _claim(spec, attempt), _exit_note(spec, attempt), str(len(spec.verify)), *spec.verify,
                     copy, *spec.arguments]  # fmt: skip
         attempt.details = {"submitting_at": time.time()}
         write_record(spec, record)
-        environment = {**os.environ, **job_environment(spec, record, attempt)}
         try:
             job_id = self.slurm.submit(command, environment, spec.folder)
         except Unanswered as error:
@@ -174,8 +177,6 @@ class SlurmExecutor:
                 "Run again: it is looked for by its name before anything is submitted.",
             ) from error
         except SpecDecodeError as error:
-            attempt.details["refused"] = error.message
-            write_record(spec, record)
             raise SpecDecodeError(
                 f"Job {spec.name!r} of experiment {spec.experiment!r}: {error.message}", error.remedy
             ) from error
@@ -216,9 +217,12 @@ class SlurmExecutor:
 
     def _needed(self, spec: JobSpec) -> Iterable[str]:
         for name in (*unmet_needs(spec), *spec.after):
-            seen = query(dataclasses.replace(spec, name=name), self).sighting
-            if seen.state is State.COMPLETED:
+            needed = dataclasses.replace(spec, name=name)
+            found = query(needed, self)
+            seen = found.sighting
+            if seen.state is State.COMPLETED or (found.record is not None and was_done_already(found.record)):
                 continue
+            check_ours(needed, self, found.record)
             if seen.state is State.UNKNOWN:
                 raise Unanswered(f"Whether job {name!r}, which {spec.name!r} waits for, is alive is not known: {seen.reason}.")
             if seen.state not in ALIVE:
@@ -230,9 +234,12 @@ class SlurmExecutor:
 
     def _kept_off_serving(self, options: dict[str, Any]) -> dict[str, Any]:
         """Refuse what would disturb serving; returns options that keep the job off serving's nodes."""
+        qualities = self.slurm.qualities()
+        # What a job gets that names none matters only where one of them preempts.
+        asked = any(qualities.values()) and not options.get("qos")
         return slurm_policy.admit(
-            options, self.settings.serving, self.slurm.show("partition"), self.slurm.show("node"),
-            self.slurm.show("config"), self.slurm.qualities(), self.slurm.default_qualities(getpass.getuser()),
+            options, self.settings.serving, self.slurm.show("partition"), self.slurm.show("node"), self.slurm.show("config"),
+            qualities, self.slurm.default_qualities(getpass.getuser()) if asked else [],
         )  # fmt: skip
 
     # cancelling
@@ -312,12 +319,6 @@ def _is_marked(row: Row, attempt: Attempt) -> bool:
         return bool(json.loads(row.comment)["key"] == attempt.key)
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _recorded(attempt: Attempt) -> Sighting:
-    return Sighting(
-        attempt.state, job_id=attempt.job_id, reason=attempt.reason, exit_code=attempt.exit_code, signal=attempt.signal
-    )
 
 
 def _ended(attempt: Attempt, code: int, job_id: str) -> Sighting:

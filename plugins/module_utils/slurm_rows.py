@@ -77,6 +77,8 @@ class Row:
     submitted: str = ""
     started: bool = False
     comment: str = ""
+    #: the id with that of the task, where the job is an array
+    task: str = ""
 
     def sighting(self) -> Sighting:
         """The row in the words that all executors use."""
@@ -156,15 +158,18 @@ def parse_sacct(text: str) -> list[Row]:
                 reason=_reason(reason),
                 submitted=submitted,
                 started=started[:1].isdigit(),
+                task=job,
             )
         )
     return rows
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """Of several records of one job id, as a requeue leaves them, the last; array tasks are records of their own."""
-    latest = max((row.submitted for row in rows), default="")
-    return [row for row in rows if row.submitted == latest]
+    """Of several records of one job, or of one task of an array, as a requeue leaves them, the last."""
+    latest: dict[str, str] = {}
+    for row in rows:
+        latest[row.task] = max(row.submitted, latest.get(row.task, ""))
+    return [row for row in rows if row.submitted == latest[row.task]]
 
 
 def fold(rows: list[Row]) -> Row:

@@ -20,9 +20,16 @@ WRAPPER = """
 claim=$1; exit_note=$2; count=$3; shift 3
 verify=("${@:1:$count}"); shift "$count"
 me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
-if ! ln -sT "$me" "$claim" 2>/dev/null && [ "$(readlink "$claim")" != "$me" ]; then
-  echo "job $me: this work belongs to job $(readlink "$claim"); leaving it alone"
-  exit 0
+if ! said=$(ln -sT "$me" "$claim" 2>&1); then
+  owner=$(readlink "$claim")
+  if [ -z "$owner" ]; then
+    echo "job $me: cannot claim the work, so it is not begun: $said" >&2
+    exit 1
+  fi
+  if [ "$owner" != "$me" ]; then
+    echo "job $me: this work belongs to job $owner; leaving it alone"
+    exit 0
+  fi
 fi
 rm -f "$exit_note"
 echo "--- job $me restart ${SLURM_RESTART_COUNT:-0} on $(hostname) at $(date -u +%FT%TZ)"

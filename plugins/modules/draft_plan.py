@@ -96,6 +96,10 @@ options:
     description: Settings of single phases that differ.
     type: dict
     default: {}
+  slurm_cluster:
+    description: Slurm cluster, where several are known.
+    type: str
+    default: ""
   confirm_target_architecture:
     description: Whether you have seen the serving image load an EAGLE3 draft for this target, whatever vLLM declares.
     type: bool
@@ -184,6 +188,7 @@ def main() -> None:
             "executor": {"type": "str", "default": "local"},
             "slurm": {"type": "dict", "default": {}, "no_log": True},
             "slurm_phases": {"type": "dict", "default": {}, "no_log": True},
+            "slurm_cluster": {"type": "str", "default": ""},
             "confirm_target_architecture": {"type": "bool", "default": False},
             "confirm_shared_work_dir": {"type": "bool", "default": False},
             "confirmed_versions": {"type": "dict", "default": {}},

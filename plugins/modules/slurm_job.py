@@ -26,7 +26,8 @@ options:
   state:
     description:
       - V(present) submits the job if it is not active or complete.
-      - V(absent) cancels it if it is active. Without O(name), all jobs of the experiment.
+      - V(absent) cancels it if it is active. Without O(name), all jobs of the experiment. A task that waits for such a job
+        fails, and the next run submits it anew.
       - V(query) only looks it up. Without O(name), all jobs of the experiment in one call.
     type: str
     choices: [present, absent, query]
@@ -46,7 +47,7 @@ options:
     description: Path of the batch script on the managed host.
     type: path
   content:
-    description: Text of the batch script, instead of O(script). It is kept beside the job's record.
+    description: Text of the batch script, instead of O(script). It is kept beside the job's record once the job is submitted.
     type: str
   arguments:
     description: Arguments of the script. They reach it as they are, without a shell in between.
@@ -297,6 +298,7 @@ job:
     job_id: {description: Slurm's job id or the id of the first process., type: str, returned: always}
     state: {description: State of the last attempt., type: str, returned: always, sample: RUNNING}
     alive: {description: Whether the job is pending or running or will be again., type: bool, returned: always}
+    removed: {description: Whether V(absent) put an end to the last attempt., type: bool, returned: always}
     reason: {description: Slurm's reason or how the job ended., type: str, returned: always}
     exit_code: {description: Exit code of an ended job., type: int, returned: always}
     signal: {description: Signal that ended the job., type: int, returned: always}
@@ -338,7 +340,6 @@ from ansible_collections.inference.spec_decode.plugins.module_utils.executors im
     EXECUTORS,
     executor_named,
 )
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_text
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_executor import Settings
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_policy import Serving
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_time import seconds
@@ -350,12 +351,13 @@ SLURM_OPTIONS = (
 )  # fmt: skip
 
 
-def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
+def job_spec(params: dict) -> jobs.JobSpec:
     """The job that the task's parameters describe."""
-    spec = jobs.JobSpec(
+    return jobs.JobSpec(
         experiment=params["experiment"],
-        name=name,
-        script=params["script"] or "",
+        name=params["name"],
+        script=params["script"] if params["content"] is None else os.path.join(params["directory"], params["name"], "script.sh"),
+        content=params["content"],
         directory=params["directory"],
         arguments=tuple(params["arguments"]),
         environment=tuple(variables(params["environment"], "environment", stated=False).items()),
@@ -368,12 +370,6 @@ def job_spec(params: dict, name: str, check_mode: bool) -> jobs.JobSpec:
         time_limit_s=seconds(params["time"]) if params["time"] else 0,
         options=tuple([(key, params[key]) for key in SLURM_OPTIONS if params[key] is not None] + [*params["options"].items()]),
     )
-    if params["content"] is None:
-        return spec
-    script = os.path.join(spec.folder, "script.sh")
-    if not check_mode or not os.path.exists(script):
-        write_text(script, params["content"], mode=0o755)
-    return jobs.dataclasses.replace(spec, script=script)
 
 
 def diff(outcome: jobs.Outcome) -> list[dict]:
@@ -415,13 +411,20 @@ def query(params: dict, executor: jobs.Executor) -> dict:
 
 
 def remove(params: dict, executor: jobs.Executor, policy: jobs.Policy) -> dict:
-    """Cancel one job, or all jobs of an experiment."""
-    found, changed = [], False
+    """Cancel one job, or all jobs of an experiment: one that cannot be cancelled keeps none of the others running."""
+    found, failures, changed = [], [], False
     for name in [params["name"]] if params["name"] else jobs.known_jobs(params["directory"]):
         spec = jobs.JobSpec(params["experiment"], name, "", params["directory"])
-        outcome = jobs.remove(spec, executor, policy)
+        try:
+            outcome = jobs.remove(spec, executor, policy)
+        except SpecDecodeError as error:
+            failures.append(error)
+            continue
         changed = changed or outcome.changed
         found.append(jobs.describe(spec, outcome))
+    if failures:
+        kind = Unanswered if all(isinstance(error, Unanswered) for error in failures) else SpecDecodeError
+        raise kind(" ".join(map(str, failures)))
     return {"changed": changed, "job": found[0]} if params["name"] else {"changed": changed, "jobs": found}
 
 
@@ -439,7 +442,7 @@ def run(module: AnsibleModule) -> dict:
         return query(params, executor)
     if params["state"] == "absent":
         return remove(params, executor, policy)
-    spec = job_spec(params, params["name"], module.check_mode)
+    spec = job_spec(params)
     outcome = jobs.ensure(spec, executor, policy)
     return {
         "changed": outcome.changed,

@@ -880,6 +880,29 @@ def test_play_ends_without_waiting_and_a_later_one_attaches(site, tmp_path):
     assert "changed=0" in output and "state: COMPLETED" in output and site.starts(spec) == 1
 
 
+def test_teardown_needs_the_experiments_name_and_its_inventory(site, tmp_path):
+    """A mistyped name and the other inventory are refused, and stop nothing; a teardown that is done may be done again."""
+    spec = site.spec("exec sleep 60")
+    bundle = tmp_path / spec.experiment / "spec-decode"
+    bundle.mkdir(parents=True)
+    (bundle / "experiment.json").write_text("{}")
+    spec = dataclasses.replace(spec, directory=str(bundle / "jobs"))
+    submitted(spec)
+
+    def tear_down(inventory, experiment, code=0):
+        given = json.dumps({"experiment": experiment, "spec_work_dir": str(tmp_path)})
+        return " ".join(finished(run_play("playbooks/teardown.yml", "-i", inventory, "-e", given), code).split())
+
+    assert f"There is no experiment mistyped in {tmp_path}. Check experiment" in tear_down("inventories/slurm", "mistyped", 2)
+    assert "(the name is empty)" in tear_down("inventories/slurm", "", 2)
+    assert "runs under slurm" in tear_down("inventories/local", spec.experiment, 2)
+    assert look(spec).state in ALIVE
+    assert "changed=1" in tear_down("inventories/slurm", spec.experiment)
+    assert look(spec).state is State.CANCELLED
+    assert "changed=0" in tear_down("inventories/slurm", spec.experiment)
+    assert "changed=0" in tear_down("inventories/local", spec.experiment)
+
+
 def test_node_is_drained_for_a_measurement_and_resumed_after_an_aborted_play(site, tmp_path):
     """A measuring job runs; the role drains its node, and the play goes no further."""
     spec = site.spec(WHEN_TOLD, name="validate")

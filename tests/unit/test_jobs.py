@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
+import shutil
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import jobs
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_json
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import sha256_file, write_json
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import Action, Policy, Sighting, State
 
 
@@ -183,6 +185,23 @@ def test_changed_input_of_an_active_job_is_refused_and_named(spec):
         jobs.ensure(spec, executor, Policy())
 
 
+def test_every_input_counts_also_where_two_files_have_one_name(spec, tmp_path):
+    paths = [tmp_path / side / "train.jsonl" for side in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("{}")
+    two = dataclasses.replace(spec, inputs=tuple(map(str, paths)))
+    found = {two.fingerprint()}
+    for path in paths:
+        path.write_text('{"changed": true}')
+        found.add(two.fingerprint())
+        path.write_text("{}")
+    assert len(found) == 3
+    one = dataclasses.replace(spec, inputs=(str(paths[0]),))
+    assert one.identity()["inputs"] == {"train.jsonl": sha256_file(str(paths[0]))}, "known fingerprints stay"
+    assert dataclasses.replace(one, inputs=one.inputs * 2).fingerprint() == one.fingerprint()
+
+
 def test_changed_input_of_an_active_job_replaces_it_when_asked(spec):
     executor = ScriptedExecutor()
     first = jobs.ensure(spec, executor, Policy())
@@ -242,6 +261,69 @@ def test_job_of_another_user_is_refused(spec):
         jobs.ensure(spec, executor, Policy())
 
 
+class OtherExecutor(ScriptedExecutor):
+    name = "other"
+
+
+def other_with_a_job(spec, state=State.RUNNING):
+    """An executor of another name, under which the job was submitted and last seen in ``state``."""
+    executor = OtherExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(state, job_id="1")
+    jobs.query(spec, executor)
+    return executor
+
+
+def test_job_that_runs_under_another_executor_is_not_started_beside_it(spec):
+    other, executor = other_with_a_job(spec), ScriptedExecutor()
+    for act in (jobs.ensure, jobs.remove):
+        with pytest.raises(SpecDecodeError, match=r"runs under other, .* and this is scripted. Use that inventory"):
+            act(spec, executor, Policy())
+    assert executor.submitted == [] and jobs.remove(spec, other, Policy()).changed
+
+
+def test_job_of_another_executor_is_shown_as_recorded_and_nothing_is_noted(spec):
+    other_with_a_job(spec)
+    with open(jobs.record_path(spec)) as stream:
+        before = stream.read()
+    executor = ScriptedExecutor(Sighting(State.FAILED))
+    assert jobs.query(spec, executor).state is State.RUNNING
+    with open(jobs.record_path(spec)) as stream:
+        assert stream.read() == before
+
+
+def test_job_that_ended_under_another_executor_may_run_anew_under_this_one(spec):
+    other_with_a_job(spec, State.FAILED)
+    executor = ScriptedExecutor()
+    outcome = jobs.ensure(spec, executor, Policy())
+    assert outcome.action is Action.RESUBMIT and [attempt.number for attempt in outcome.record.attempts] == [1, 2]
+    assert jobs.ensure(spec, executor, Policy()).action is Action.ATTACH
+
+
+def test_submission_that_another_executor_refused_bars_nothing(spec):
+    class Refusing(OtherExecutor):
+        def submit(self, spec, record, attempt):
+            raise SpecDecodeError("No such partition.")
+
+    with pytest.raises(SpecDecodeError, match="No such partition"):
+        jobs.ensure(spec, Refusing(), Policy())
+    assert jobs.ensure(spec, ScriptedExecutor(), Policy()).action is Action.SUBMIT
+
+
+def test_copied_records_are_another_experiments(spec, tmp_path):
+    """A bundle that was copied under another name: neither name's teardown or run may touch the other's job."""
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    copy = dataclasses.replace(spec, experiment="two", directory=str(tmp_path / "two"))
+    shutil.copytree(spec.directory, copy.directory)
+    for act in (jobs.ensure, jobs.remove):
+        with pytest.raises(SpecDecodeError, match=r"is that of job 'train' of experiment 'tiny-eagle3'"):
+            act(copy, executor, Policy())
+    executor.seen = Sighting(State.FAILED)
+    assert jobs.query(copy, executor).state is State.RUNNING
+    assert executor.cancelled == [] and len(executor.submitted) == 1
+
+
 def test_remove_cancels_only_what_is_alive(spec):
     executor = ScriptedExecutor()
     assert not jobs.remove(spec, executor, Policy()).changed
@@ -283,6 +365,15 @@ def test_lost_record_does_not_double_the_job(spec):
     outcome = jobs.ensure(spec, executor, Policy())
     assert outcome.action is Action.ATTACH and len(executor.submitted) == 1
     assert jobs.read_record(spec).numbered == 2
+
+
+def test_complete_work_whose_record_was_moved_aside_gets_one_again(spec):
+    executor = ScriptedExecutor()
+    finish(spec, jobs.ensure(spec, executor, Policy()).fingerprint)
+    executor.seen = Sighting(State.COMPLETED, exit_code=0)
+    os.unlink(jobs.record_path(spec))
+    assert jobs.ensure(spec, executor, Policy()).action is Action.NOTHING
+    assert dataclasses.replace(spec, name="convert", needs=("train",)).missing() == []
 
 
 def test_found_after_a_lost_reply_says_so(spec):
@@ -349,6 +440,75 @@ def test_many_jobs_are_one_question(spec):
     found = jobs.query_all(specs, executor)
     assert executor.questions == 1
     assert [outcome.state for outcome in found] == [State.RUNNING] * 4 + [State.ABSENT]
+
+
+class Meanwhile(ScriptedExecutor):
+    """Something happens between the look at the record and the answer."""
+
+    def look_up_all(self, items):
+        seen = super().look_up_all(items)
+        self.meanwhile()
+        return seen
+
+
+def test_attempt_that_is_made_during_a_query_is_kept(spec):
+    executor = Meanwhile()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED, exit_code=3)
+
+    def resubmitted():
+        assert jobs.ensure(spec, executor, Policy()).action is Action.RESUBMIT
+
+    executor.meanwhile = resubmitted
+    assert jobs.query(spec, executor).state is State.FAILED
+    record = jobs.read_record(spec)
+    assert [(attempt.number, attempt.state) for attempt in record.attempts] == [(1, State.FAILED), (2, State.RUNNING)]
+
+
+def test_query_tells_of_a_teardown_that_came_meanwhile(spec):
+    """The end is seen, and so must be why: the play that waits would submit the job again otherwise."""
+
+    class Cancelled(Meanwhile):
+        def look_up_all(self, items):
+            self.meanwhile()
+            return ScriptedExecutor.look_up_all(self, items)
+
+    executor = Cancelled()
+    jobs.ensure(spec, executor, Policy())
+    executor.meanwhile = lambda: jobs.remove(spec, executor, Policy())
+    found = jobs.describe(spec, jobs.query(spec, executor))
+    assert (found["state"], found["removed"]) == ("CANCELLED", True)
+
+
+def test_query_notes_nothing_while_somebody_else_has_the_job(spec):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    executor.seen = Sighting(State.FAILED)
+    with open(os.path.join(spec.folder, "lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert jobs.query(spec, executor).state is State.FAILED
+        assert jobs.read_record(spec).last.state is State.RUNNING
+    jobs.query(spec, executor)
+    assert jobs.read_record(spec).last.state is State.FAILED
+
+
+def test_job_of_another_user_is_shown_as_recorded_and_nothing_is_noted(spec):
+    executor = ScriptedExecutor()
+    record = jobs.ensure(spec, executor, Policy()).record
+    record.owner += 1
+    jobs.write_record(spec, record)
+    executor.seen = Sighting(State.FAILED)
+    assert jobs.query(spec, executor).state is State.RUNNING
+    assert jobs.read_record(spec).last.state is State.RUNNING
+
+
+@pytest.mark.parametrize(("text", "progress"), [('{"text": "st', {}), ("[1]", {}), ('{"text": "step 1"}', {"text": "step 1"})])
+def test_progress_that_a_script_is_just_writing_fails_no_look(spec, text, progress):
+    executor = ScriptedExecutor()
+    jobs.ensure(spec, executor, Policy())
+    with open(spec.progress, "w") as stream:
+        stream.write(text)
+    assert jobs.describe(spec, jobs.query(spec, executor))["progress"] == progress
 
 
 def test_broken_record_is_one_clear_error(spec):

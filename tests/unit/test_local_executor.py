@@ -11,16 +11,21 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
+from ansible_collections.inference.spec_decode.plugins.action.slurm_job import ActionModule
 from ansible_collections.inference.spec_decode.plugins.module_utils import jobs, local_executor
+from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import Action, Policy, State
 from ansible_collections.inference.spec_decode.plugins.module_utils.local_executor import (
     LocalExecutor,
     marked_processes,
     stop_marked,
 )
+from ansible_collections.inference.spec_decode.plugins.modules import slurm_job
 
 LIMIT_S = 20
 # one of each process: tests that run side by side stop only their own jobs
@@ -206,3 +211,117 @@ def test_job_keeps_its_mark_until_its_end_is_noted(job, tmp_path, monkeypatch):
     until((slow.parent / "moving").exists, "the end is being noted")
     assert b"spec-decode-job" in pathlib.Path(f"/proc/{launcher}/cmdline").read_bytes()
     assert ended(spec).state is State.COMPLETED
+
+
+class Waiting(ActionModule):
+    """The wait of a play, whose calls of the module stay in this process."""
+
+    def __init__(self, spec, policy):
+        self.spec, self.policy, self._host = spec, policy, ""
+
+    def _ask(self, arguments, task_vars):
+        try:
+            outcome = jobs.ensure(self.spec, LocalExecutor(), self.policy)
+        except SpecDecodeError as error:
+            return {"failed": True, "msg": str(error)}
+        return {"changed": outcome.changed, "submitted": outcome.changed, "job": jobs.describe(self.spec, outcome)}
+
+    def _look(self, arguments, task_vars):
+        return {"changed": False, "job": jobs.describe(self.spec, jobs.query(self.spec, LocalExecutor()))}
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_teardown_ends_the_wait_for_a_job_and_only_a_new_run_submits_it(job, tmp_path, attempts):
+    spec = job("echo started >> starts; exec sleep 60\n", chdir=str(tmp_path))
+    policy = Policy(attempts=attempts)
+    waiting = Waiting(spec, policy)
+
+    def tear_down():
+        until((tmp_path / "starts").exists, "the job starts")
+        jobs.remove(spec, LocalExecutor(grace_s=0.5), policy)
+
+    teardown = threading.Thread(target=tear_down)
+    result = waiting._ask({}, {})
+    teardown.start()
+    result = waiting._wait({"poll_interval": 0.05, "wait_timeout": LIMIT_S}, result, {})
+    teardown.join()
+    assert result["failed"] and "was cancelled by the teardown" in result["msg"]
+    assert (tmp_path / "starts").read_text() == "started\n"
+    assert jobs.ensure(spec, LocalExecutor(), policy).action is Action.SUBMIT
+
+
+def test_job_that_failed_before_the_teardown_came_is_not_tried_again_by_the_play_that_waits(job):
+    spec = job("exit 3\n")
+    waiting = Waiting(spec, Policy(attempts=3))
+    result = waiting._ask({}, {})
+    ended(spec)
+    assert not jobs.remove(spec, LocalExecutor(), Policy()).changed
+    result = waiting._wait({"poll_interval": 0.05}, result, {})
+    assert "was cancelled by the teardown" in result["msg"] and len(jobs.read_record(spec).attempts) == 1
+
+
+def test_job_that_a_teardown_could_not_stop_is_an_ordinary_one_once_it_is_wanted_again(job, tmp_path, monkeypatch):
+    spec = job("until [ -e go ]; do sleep 0.05; done; exit 3\n", chdir=str(tmp_path))
+    jobs.ensure(spec, LocalExecutor(), Policy())
+    with monkeypatch.context() as patch, pytest.raises(SpecDecodeError, match="is still RUNNING after it was cancelled"):
+        patch.setattr(LocalExecutor, "cancel", lambda *_arguments: False)
+        jobs.remove(spec, LocalExecutor(), Policy())
+    assert jobs.ensure(spec, LocalExecutor(), Policy()).action is Action.ATTACH
+    (tmp_path / "go").touch()
+    ended(spec)
+    assert jobs.ensure(spec, LocalExecutor(), Policy(attempts=2)).action is Action.RESUBMIT
+
+
+def test_attempt_that_was_never_started_is_withdrawn_by_the_teardown(job, monkeypatch):
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    spec = job("exit 3\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalExecutor, "submit", killed)
+        jobs.ensure(spec, LocalExecutor(), Policy())
+    removed = jobs.remove(spec, LocalExecutor(), Policy())
+    assert (removed.changed, removed.state) == (False, State.CANCELLED)
+    assert jobs.ensure(spec, LocalExecutor(), Policy()).record.last.number == 2
+    ended(spec)
+    assert jobs.ensure(spec, LocalExecutor(), Policy(attempts=2)).action is Action.RESUBMIT
+
+
+def module(folder, content, check_mode=False, diff=True, **given):
+    """One call of the module with a script in the task."""
+    params = {
+        **dict.fromkeys(slurm_job.SLURM_OPTIONS), **dict.fromkeys(("script", "result", "chdir")), "content": content,
+        **{name: [] for name in ("arguments", "inputs", "needs", "after", "verify", "retry_on")}, "environment": {},
+        **{name: [] for name in ("serving_partitions", "serving_nodes", "allowed_partitions")}, "absence_limit": 300,
+        "experiment": EXPERIMENT, "name": "work", "directory": str(folder), "executor": "local", "state": "present",
+        "attempts": 1, "on_change": "fail", "options": {}, **given,
+    }  # fmt: skip
+    return slurm_job.run(types.SimpleNamespace(params=params, check_mode=check_mode, _diff=diff))
+
+
+def test_script_in_the_task_is_written_when_the_job_is_submitted_and_never_by_a_check(tmp_path):
+    folder = tmp_path / "jobs"
+    found = module(folder, "exit 0\n", check_mode=True)
+    assert (found["changed"], found["diff"][-1]["after"]) == (True, "exit 0\n") and not folder.exists()
+    assert module(folder, "exit 0\n")["submitted"]
+    spec = jobs.JobSpec(EXPERIMENT, "work", "", str(folder))
+    assert ended(spec).state is State.COMPLETED
+    assert (folder / "work/script.sh").read_text() == "exit 0\n"
+    assert module(folder, "exit 0\n", check_mode=True)["action"] == "nothing"
+    found = module(folder, "exit 1\n", check_mode=True)
+    assert (found["action"], found["diff"]) == (
+        "submit",
+        [{"before_header": "script", "after_header": "script", "before": "exit 0\n", "after": "exit 1\n"}],
+    )
+    assert (folder / "work/script.sh").read_text() == "exit 0\n"
+    assert module(folder, "exit 1\n")["submitted"] and ended(spec).exit_code == 1
+
+
+def test_changed_script_in_the_task_touches_no_running_job(tmp_path):
+    module(tmp_path, "exec sleep 60\n")
+    try:
+        with pytest.raises(SpecDecodeError, match="still active. It differs in: script"):
+            module(tmp_path, "exec sleep 61\n")
+        assert (tmp_path / "work/script.sh").read_text() == "exec sleep 60\n"
+    finally:
+        stop_marked("SPEC_DECODE_EXPERIMENT", EXPERIMENT, grace_s=0.5)

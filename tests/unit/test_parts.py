@@ -399,7 +399,7 @@ def test_nodes_of_sinfo():
         "gpu1"
     ]
     assert not site_facts.all_here(nodes) and not site_facts.all_here([])
-    assert site_facts.all_here(site_facts.parse_nodes("a|idle|localhost\nb|idle|127.0.0.1\n"))
+    assert site_facts.all_here(site_facts.parse_nodes("CLUSTER: one\na|idle|localhost\nb|idle|127.0.0.1\n"))
 
 
 @pytest.mark.parametrize(
@@ -418,10 +418,27 @@ def test_nodes_are_asked_of_the_cluster(tmp_path, monkeypatch, sinfo, ok, words)
     (tmp_path / "bin/sinfo").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     # Short for the one that never answers; a busy machine may take a while for the others.
-    monkeypatch.setattr(site_facts.slurm_nodes, "__defaults__", (0.5 if "sleep" in sinfo else 60.0,))
+    monkeypatch.setattr(site_facts.slurm_nodes, "__defaults__", ("", 0.5 if "sleep" in sinfo else 60.0))
     found = checks(tmp_path, executor="slurm", slurm={"partition": "gpu", "nodes": 2})
     assert found["nodes"]["ok"] is ok and words in found["nodes"]["reason"]
     assert found["shared work folder"]["ok"] is ("localhost" in sinfo)
+
+
+def test_nodes_are_asked_of_the_named_cluster_and_of_each_partition(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sinfo").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\necho "g1|idle|localhost"\n')
+    (tmp_path / "bin/sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    phases = {"train": {"partition": "big"}, "capture": None}
+    found = checks(tmp_path, executor="slurm", slurm={"partition": "gpu"}, slurm_phases=phases, slurm_cluster="two")
+    assert found["nodes"]["ok"]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.partition("%o ")[2] for line in asked] == [f"--clusters=two --partition={name}" for name in ("big", "gpu")]
+
+
+def test_launchers_settings_that_cannot_be_are_a_red_check(tmp_path):
+    found = checks(tmp_path, executor="slurm", slurm={"nodes": "1-4"})["nodes"]
+    assert not found["ok"] and "nodes in spec_slurm must be a whole number from 1, but is '1-4'" in found["reason"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import (
@@ -21,8 +23,10 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     slurm_script,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError, Unanswered
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import write_json
 from ansible_collections.inference.spec_decode.plugins.module_utils.jobs import State
 from ansible_collections.inference.spec_decode.plugins.module_utils.slurm_policy import Serving
+from ansible_collections.inference.spec_decode.plugins.modules import slurm_job
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +103,16 @@ def test_answer_in_another_form_is_an_error_and_not_no_job(text):
 def test_signal_that_a_shell_reports_is_a_signal():
     row = slurm_rows.Row("1", "a", 0, State.FAILED, exit_code=137)
     assert (row.sighting().exit_code, row.sighting().signal) == (None, 9)
+
+
+def test_newest_record_of_each_task_of_an_array_counts():
+    rows = slurm_rows.parse_sacct(
+        "5_1|a|0|FAILED|3:0|1|n1|None|2026-11-24T22:21:00|2026-11-24T22:21:01\n"
+        "5_2|a|0|NODE_FAIL|0:0|1|n1|None|2026-11-24T22:21:00|2026-11-24T22:21:01\n"
+        "5_2|a|0|COMPLETED|0:0|1|n2|None|2026-11-24T22:25:00|2026-11-24T22:25:01\n"
+    )
+    newest = slurm_rows.newest(rows)
+    assert [row.state for row in newest] == [State.FAILED, State.COMPLETED] and slurm_rows.fold(newest).state is State.FAILED
 
 
 def test_array_is_alive_while_a_task_is_and_as_bad_as_its_worst():
@@ -282,6 +296,190 @@ def test_options_win_in_sbatchs_own_notation(tmp_path):
     options = (("mem", "4G"), ("requeue", False), ("exclusive", True), ("comment", "x"), ("gpus", ""))
     spec = jobs.JobSpec("tiny", "train", "/script", str(tmp_path), options=options)
     assert slurm_executor.requested(spec, "echo\n") == {"mem": "4G", "no-requeue": True, "exclusive": True}
+
+
+@pytest.mark.parametrize(
+    ("claimed", "code", "words"), [("", 0, "did it"), ("7", 0, "did it"), ("6", 0, "belongs to job 6"), (None, 1, "cannot claim")]
+)
+def test_job_begins_only_with_the_claim_and_fails_where_it_can_have_none(tmp_path, claimed, code, words):
+    script, batch, claim = tmp_path / "script", tmp_path / "batch", tmp_path / "jobs/claim"
+    script.write_text("#!/bin/bash\necho did it\n")
+    script.chmod(0o755)
+    batch.write_text(slurm_script.wrapper(script.read_text()))
+    if claimed is not None:  # else the folder is not there
+        claim.parent.mkdir()
+    if claimed:
+        claim.symlink_to(claimed)
+    command = ["/bin/bash", str(batch), str(claim), str(tmp_path / "note"), "0", str(script)]
+    ended = subprocess.run(
+        command, env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert ended.returncode == code and words in ended.stdout + ended.stderr
+    assert ("did it" in ended.stdout) == (words == "did it")
+
+
+# jobs
+
+
+class Cluster:
+    """What a cluster without accounting answers; what is submitted stands in its queue until it is taken from there."""
+
+    def __init__(self):
+        self.rows = []
+        self.commands = []
+        self.preempting = {}
+        self.questions = 0
+
+    def queue(self, names, uid):
+        return [row for row in self.rows if row.name in names]
+
+    def accounts(self, names, uid, since):
+        return None
+
+    def submit(self, command, environment, cwd):
+        self.commands.append(command)
+        name, comment = (next(word.partition("=")[2] for word in command if word.startswith(f"--{what}=")) for what in
+                         ("job-name", "comment"))  # fmt: skip
+        self.rows.append(slurm_rows.Row(str(len(self.commands)), name, 0, State.PENDING, comment=comment))
+        return self.rows[-1].job_id
+
+    def cancel(self, job_ids):
+        self.rows = [row for row in self.rows if row.job_id not in job_ids]
+
+    def show(self, *what):
+        return {"partition": PARTITIONS, "node": NODES, "config": CONFIG}[what[0]]
+
+    def message_timeout(self):
+        return 0.0
+
+    def qualities(self):
+        return self.preempting
+
+    def default_qualities(self, user):
+        self.questions += 1
+        return ["normal"]
+
+
+@pytest.fixture
+def job(tmp_path):
+    script = tmp_path / "script.sbatch"
+    script.write_text("#!/bin/bash\necho hello\n")
+    return jobs.JobSpec("tiny", "train", str(script), str(tmp_path / "jobs"))
+
+
+def under(cluster, **settings):
+    return slurm_executor.SlurmExecutor(slurm_executor.Settings(**settings), cluster)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_attempt_whose_record_was_moved_aside_leaves_its_claim_to_no_other(job, code):
+    """A job that meets an older one's claim does nothing and ends well: it must never get the same key."""
+    cluster = Cluster()
+    keys = [jobs.ensure(job, under(cluster), jobs.Policy()).record.last.key]
+    for number in (2, 3):
+        cluster.rows.clear()
+        os.symlink(str(number - 1), f"{job.folder}/claim-{keys[-1]}")
+        write_json(f"{job.folder}/exit-{keys[-1]}.json", {"exit_code": code, "job_id": str(number - 1)})
+        os.unlink(jobs.record_path(job))
+        outcome = jobs.ensure(job, under(cluster), jobs.Policy(attempts=1))
+        keys.append(outcome.record.last.key)
+        assert outcome.changed and outcome.record.last.number == number
+    assert len(set(keys)) == len(cluster.commands) == 3
+
+
+def test_partition_that_a_variable_of_the_job_names_is_judged_as_any_other(job):
+    job = dataclasses.replace(job, environment=(("SBATCH_PARTITION", "serving"),))
+    cluster = Cluster()
+    with pytest.raises(SpecDecodeError, match="would preempt jobs of train"):
+        jobs.ensure(job, under(cluster), jobs.Policy())
+    assert cluster.commands == []
+
+
+def test_defaults_of_the_user_are_asked_for_only_where_they_matter(job):
+    cluster = Cluster()
+    jobs.ensure(job, under(cluster), jobs.Policy())
+    cluster.preempting = {"urgent": "normal", "normal": ""}
+    jobs.ensure(dataclasses.replace(job, name="named", options=(("qos", "normal"),)), under(cluster), jobs.Policy())
+    assert cluster.questions == 0
+    jobs.ensure(dataclasses.replace(job, name="unnamed"), under(cluster), jobs.Policy())
+    assert cluster.questions == 1
+
+
+def test_script_reaches_slurm_byte_for_byte(job):
+    text = b"#!/bin/bash\n# Latin-1: \xe9\nprintf 'a\rb' # a return of its own\n"
+    pathlib.Path(job.script).write_bytes(text)
+    key = jobs.ensure(job, under(Cluster()), jobs.Policy()).record.last.key
+    assert pathlib.Path(job.folder, f"script-{key}").read_bytes() == text
+    pathlib.Path(job.script).write_bytes(b"#SBATCH --comment=\xe9\r\necho\r\n")
+    key = jobs.ensure(dataclasses.replace(job, name="dos"), under(Cluster()), jobs.Policy()).record.last.key
+    folder = pathlib.Path(job.directory, "dos")
+    assert (folder / f"script-{key}").read_bytes() == b"#SBATCH --comment=\xe9\necho\n"
+    assert (folder / f"batch-{key}").read_bytes().startswith(b"#!/bin/bash\n#SBATCH --comment=\xe9\n")
+
+
+def test_job_that_must_succeed_first_may_be_complete_by_its_result_alone(job, tmp_path):
+    first = dataclasses.replace(job, name="first", result=str(tmp_path / "result.json"))
+    second = dataclasses.replace(job, name="second", after=("first",))
+    cluster = Cluster()
+    write_json(first.result, {"status": "complete", "fingerprint": first.fingerprint()})
+    assert jobs.ensure(first, under(cluster), jobs.Policy()).action is jobs.Action.NOTHING
+    assert jobs.ensure(second, under(cluster), jobs.Policy()).changed
+    assert "--dependency=singleton" in cluster.commands[0]
+    os.unlink(first.result)
+    with pytest.raises(SpecDecodeError, match="needs job 'first', which is neither complete nor active"):
+        jobs.ensure(dataclasses.replace(second, name="third"), under(cluster), jobs.Policy())
+
+
+def vanished(job, cluster):
+    """A job that Slurm took, and that was gone before it began: nothing of it is left anywhere."""
+    jobs.ensure(job, under(cluster), jobs.Policy())
+    cluster.rows.clear()
+
+
+def test_vanished_job_bars_the_teardown_for_a_while_only(job):
+    cluster = Cluster()
+    vanished(job, cluster)
+    with pytest.raises(SpecDecodeError, match=r"still PENDING after it was cancelled \(not seen by Slurm for 0 s\)"):
+        jobs.remove(job, under(cluster), jobs.Policy())
+    time.sleep(0.1)
+    found = jobs.remove(job, under(cluster, absence_limit_s=0.1), jobs.Policy())
+    assert (found.changed, found.state) == (False, State.LOST)
+
+
+def test_vanished_job_bars_another_version_for_a_while_only(job):
+    cluster = Cluster()
+    vanished(job, cluster)
+    other = dataclasses.replace(job, arguments=("--more",))
+    with pytest.raises(SpecDecodeError, match="Another version of the job is still active"):
+        jobs.ensure(other, under(cluster), jobs.Policy(check_mode=True))
+    assert "absent_since" not in jobs.read_record(job).last.details, "check mode writes nothing"
+    with pytest.raises(SpecDecodeError, match="Another version of the job is still active"):
+        jobs.ensure(other, under(cluster), jobs.Policy())
+    time.sleep(0.1)
+    assert jobs.ensure(other, under(cluster, absence_limit_s=0.1), jobs.Policy()).action is jobs.Action.SUBMIT
+
+
+def test_scheduler_that_did_not_answer_leaves_no_record_of_a_job_that_was_never_submitted(job, monkeypatch):
+    def silent(*_arguments):
+        raise Unanswered("squeue ended with 1")
+
+    cluster = Cluster()
+    with monkeypatch.context() as patch, pytest.raises(Unanswered):
+        patch.setattr(cluster, "queue", silent)
+        jobs.ensure(job, under(cluster), jobs.Policy())
+    assert jobs.read_record(job) is None
+    assert jobs.ensure(job, under(cluster), jobs.Policy()).record.last.number == 1
+
+
+def test_job_that_cannot_be_cancelled_keeps_none_of_the_others_running(job):
+    cluster = Cluster()
+    vanished(job, cluster)
+    other = dataclasses.replace(job, name="validate")
+    jobs.ensure(other, under(cluster), jobs.Policy())
+    params = {"experiment": job.experiment, "name": None, "directory": job.directory}
+    with pytest.raises(SpecDecodeError, match="Job 'train' .* is still PENDING"):
+        slurm_job.remove(params, under(cluster), jobs.Policy())
+    assert cluster.rows == [] and jobs.read_record(other).last.details["removed"]
 
 
 # the measurement window
