@@ -20,14 +20,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import yaml
 from spec_decode import checkpoints, features
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import sha256_value, write_json, write_text
+from spec_decode.files import read_json_object, sha256_value, write_json, write_text
 from spec_decode.nodes import Nodes
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
@@ -108,6 +107,11 @@ class CliTrainer:
     def log(self) -> TrainingLog:
         return CliLog()
 
+    @staticmethod
+    def draft_config(config: dict[str, Any]) -> str:
+        """Where the draft's own config stands."""
+        return str(config["model"]["draft_model_config"])
+
 
 class ScriptsTrainer:
     """``scripts/train_eagle3.py``, which resumes by itself from the highest checkpoint: only whole ones may be there."""
@@ -129,8 +133,13 @@ class ScriptsTrainer:
     def log(self) -> TrainingLog:
         return ScriptsLog(int(self._config["training"]["ttt_length"]))
 
+    @staticmethod
+    def draft_config(config: dict[str, Any]) -> str:
+        """Where the draft's own config stands."""
+        return str(config["arguments"][config["arguments"].index("--draft-model-config") + 1])
 
-TRAINERS: dict[str, Callable[..., CliTrainer | ScriptsTrainer]] = {"cli": CliTrainer, "scripts": ScriptsTrainer}
+
+TRAINERS: dict[str, type[CliTrainer] | type[ScriptsTrainer]] = {"cli": CliTrainer, "scripts": ScriptsTrainer}
 
 
 def train(
@@ -180,7 +189,10 @@ def main() -> None:
             f" but the draft is to be trained on layers {layers}.",
             "Capture again with the same AUX_LAYERS.",
         )
-    identity = sha256_value([config, manifest])[:12]
+    generation = TRAINERS[config.get("interface", "cli")]
+    # Its content, not its path alone: another mask token or block size at the same place is another draft.
+    draft = read_json_object(generation.draft_config(config), "draft's config")
+    identity = sha256_value([config, draft, manifest])[:12]
     output = os.path.join(options.output, identity)
     os.makedirs(output, exist_ok=True)
     places = {
@@ -189,7 +201,7 @@ def main() -> None:
         "cache": os.path.join(output, "cache"),
         "output": output,
     }
-    trainer = TRAINERS[config.get("interface", "cli")](options.config, config, places, nodes)
+    trainer = generation(options.config, config, places, nodes)
     newest, refused = checkpoints.newest_complete(output, config["run_id"])
     if nodes.first:
         for path, reason in refused:

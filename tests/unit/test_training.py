@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import struct
+import sys
+import types
 import zipfile
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import checkpoints
+import yaml
+from ansible_collections.inference.spec_decode.plugins.module_utils import checkpoints, features
 from ansible_collections.inference.spec_decode.plugins.module_utils.nodes import Nodes
 from ansible_collections.inference.spec_decode.plugins.module_utils.training_log import CliLog, ScriptsLog
+from ansible_collections.inference.spec_decode.tests.support import small_target
 
 SCRIPTS_OUTPUT = """
 Training Epoch 0:   1%|          | 50/5000 [00:10<10:00, loss=3.2]Eval - Step 50 [51/10], position 0,  Acc: 0.62
@@ -94,3 +99,58 @@ def test_nodes_of_a_step_meet_at_the_first():
         "python", "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "8", "--node-rank", "2",
         "--master-addr", "gpu1", "--master-port", "24242",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def train_draft(programs, monkeypatch):
+    """The program where no PyTorch is; it asks that for a GPU only."""
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    import train_draft
+
+    yield train_draft
+    del sys.modules["train_draft"]
+
+
+def sealed_features(folder):
+    store = features.Store(str(folder), "captured")
+    store.resume()
+    store.seal({"layers": [1, 7, 12]}, {})
+
+
+@pytest.mark.parametrize("interface", ["cli", "scripts"])
+def test_another_draft_config_at_the_same_place_is_trained_anew(train_draft, tmp_path, monkeypatch, interface):
+    draft, configuration, script = (tmp_path / name for name in ("draft.json", "train.yaml", "train_eagle3.py"))
+    config = {"run_id": "r", "training": {"strategy": "eagle3", "max_steps": 10, "ttt_length": 7}}
+    if interface == "cli":
+        config["model"] = {"draft_model_config": str(draft)}
+    else:
+        script.touch()
+        config.update(interface=interface, script=str(script), deployment={"trainer": {"nproc_per_node": 1}})
+        config["arguments"] = ["--draft-model-config", str(draft), "--output-dir", "{output}"]
+    configuration.write_text(yaml.safe_dump(config))
+    small_target.write_target(tmp_path / "target")
+    sealed_features(tmp_path / "features")
+    trained = []
+
+    def train(command, environment, log, metrics, total, first):
+        metrics.add(total, {"loss": 1.0})
+        folder = pathlib.Path(metrics.path).parent
+        trained.append(folder.name)
+        checkpoint = folder / f"r-step{total}"
+        checkpoint.mkdir()
+        for name in ("training_state.pt", "training_state_rank0.pt"):
+            with zipfile.ZipFile(checkpoint / name, "w") as archive:
+                archive.writestr("data", "x")
+
+    monkeypatch.setattr(train_draft, "train", train)
+    arguments = {
+        "config": configuration, "target-model-path": tmp_path / "target", "aux-layers": "1,7,12",
+        "features": tmp_path / "features", "output": tmp_path / "train", "result": tmp_path / "train.json",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_draft.py", *(f"--{name}={value}" for name, value in arguments.items())])
+    for mask_token in (3, 3, 4):
+        draft.write_text(json.dumps({"mask_token_id": mask_token}))
+        train_draft.main()
+    first, second = trained
+    assert first != second and json.loads((tmp_path / "train/manifest.json").read_text())["identity"] == second
