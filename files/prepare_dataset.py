@@ -129,11 +129,13 @@ class Regenerator:
 
     def rewrite(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows with the target's own words; what an earlier, interrupted call wrote is taken from its cache."""
+        # Known by what they say: the row of that number may say something else today.
+        contents = {sha256_value(row["conversations"]): row["conversations"] for row in rows}
         done = self._read_cache()
-        missing = [row for row in rows if row["id"] not in done]
+        missing = {key: turns for key, turns in contents.items() if key not in done}
         if missing:
-            self._generate(missing, done, len(rows))
-        return [{"id": row["id"], "conversations": done[row["id"]]} for row in rows]
+            self._generate(missing, done, len(contents))
+        return [{"id": row["id"], "conversations": done[sha256_value(row["conversations"])]} for row in rows]
 
     def _read_cache(self) -> dict[str, list[dict[str, str]]]:
         done: dict[str, list[dict[str, str]]] = {}
@@ -144,35 +146,35 @@ class Regenerator:
                         row = json.loads(line)
                     except json.JSONDecodeError:
                         break  # the line that was being written when the job was killed
-                    done[row["id"]] = row["conversations"]
+                    done[row["key"]] = row["conversations"]
         return done
 
-    def _generate(self, rows: list[dict[str, Any]], done: dict[str, Any], total: int) -> None:
+    def _generate(self, missing: dict[str, list[dict[str, str]]], done: dict[str, Any], total: int) -> None:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(self._target, dtype=torch.bfloat16).to(device).eval()
         os.makedirs(os.path.dirname(self._cache), exist_ok=True)
-        write_text(self._cache, "".join(_line({"id": key, "conversations": value}) for key, value in done.items()))
-        rows = sorted(rows, key=lambda row: sum(len(turn["content"]) for turn in row["conversations"]))
+        write_text(self._cache, "".join(_line({"key": key, "conversations": turns}) for key, turns in done.items()))
+        keys = sorted(missing, key=lambda key: sum(len(turn["content"]) for turn in missing[key]))
         size = int(self._config["regenerate_batch_size"])
         with open(self._cache, "a", encoding="utf-8") as stream:
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                for row, turns in zip(batch, self._answer(model, batch)):
-                    done[row["id"]] = turns
-                    stream.write(_line({"id": row["id"], "conversations": turns}))
+            for start in range(0, len(keys), size):
+                batch = keys[start : start + size]
+                for key, turns in zip(batch, self._answer(model, [missing[key] for key in batch])):
+                    done[key] = turns
+                    stream.write(_line({"key": key, "conversations": turns}))
                 stream.flush()
                 self._progress.update(f"{len(done)}/{total} rows rewritten by the target", len(done), total)
 
-    def _answer(self, model: Any, batch: list[dict[str, Any]]) -> list[list[dict[str, str]]]:
-        written: list[list[dict[str, str]]] = [[] for _row in batch]
-        for position in range(max(len(row["conversations"]) for row in batch)):
+    def _answer(self, model: Any, batch: list[list[dict[str, str]]]) -> list[list[dict[str, str]]]:
+        written: list[list[dict[str, str]]] = [[] for _turns in batch]
+        for position in range(max(len(turns) for turns in batch)):
             asked = []
-            for index, row in enumerate(batch):
-                if position >= len(row["conversations"]):
+            for index, turns in enumerate(batch):
+                if position >= len(turns):
                     continue
-                turn = row["conversations"][position]
+                turn = turns[position]
                 if turn["role"] == "assistant":
                     asked.append(index)
                 else:
@@ -239,7 +241,7 @@ def main() -> None:
     selection = Selection(chat, config, progress)
     train, held_out = selection.choose()
     if config["regenerate"]:
-        work = sha256_value([[row["id"] for row in train], config, os.environ.get("TARGET_SHA", "")])[:12]
+        work = sha256_value([[row["conversations"] for row in train], config, os.environ.get("TARGET_SHA", "")])[:12]
         cache = os.path.join(options.output, "regenerated", f"{work}.jsonl")
         train = Regenerator(chat, options.target_model_path, config, cache, progress).rewrite(train)
     facts = evidence(chat, train, held_out, config)

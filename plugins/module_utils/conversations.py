@@ -98,7 +98,8 @@ def _row(row: Any, layout: str, path: str, number: int) -> dict[str, Any]:
             " or {conversations: [{role, content}]}.",
         ) from error
     given = row.get("id", row.get("prompt_id", number))
-    return {"id": f"{sha256_text(os.path.basename(path))[:8]}-{number}-{given}", "conversations": messages}
+    # By the whole path: sources in different folders often have one name.
+    return {"id": f"{sha256_text(os.path.abspath(path))[:8]}-{number}-{given}", "conversations": messages}
 
 
 def _layout_of(row: dict[str, Any]) -> str:

@@ -52,11 +52,12 @@ def sharegpt(tmp_path, rows):
     return {"path": str(path), "layout": "auto"}
 
 
+def conversation(question, answer="One."):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
 def rows(count, answered=True):
-    return [
-        {"conversations": [{"from": "human", "value": f"Count to {n}."}, {"from": "gpt", "value": "One." if answered else ""}]}
-        for n in range(count)
-    ]
+    return [conversation(f"Count to {n}.", "One." if answered else "") for n in range(count)]
 
 
 def test_unknown_template_lists_the_known_ones(built, bundle, tmp_path):
@@ -120,6 +121,21 @@ def test_one_row_of_two_sources_is_one_row(built, bundle, tmp_path):
     answer, result = prepare(built, bundle, tmp_path, sources, train=1, eval=1)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(result.read_text())["counts"] == {"train": 1, "eval": 1}
+
+
+def test_regenerated_rows_follow_their_source(built, bundle, tmp_path):
+    """Rows of two sources of one name each get an answer; in an edited source no row keeps the old one."""
+    for word in ("Count", "Add"):
+        sources, asked = [], []
+        for folder in ("first", "second"):
+            questions = [f"{word} the {folder} to {number}." for number in range(3)]
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sources.append(sharegpt(tmp_path / folder, [conversation(question) for question in questions]))
+            asked += questions
+        answer, _result = prepare(built, bundle, tmp_path, sources, train=6, eval=0, regenerate=True)
+        assert answer.returncode == 0, answer.stderr
+        written = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+        assert sorted(row["conversations"][0]["content"] for row in written) == sorted(asked)
 
 
 def test_draft_for_a_target_of_another_width_is_not_staged(built, bundle, tmp_path):

@@ -64,6 +64,16 @@ def test_bad_data_is_one_clear_error(tmp_path, content, words):
         list(conversations.read(str(path)))
 
 
+def test_rows_of_two_sources_of_one_name_have_ids_of_their_own(tmp_path):
+    ids = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "train.jsonl"
+        path.write_text(json.dumps({"conversations": TURNS}) + "\n")
+        ids.update(row["id"] for row in conversations.read(str(path)))
+    assert len(ids) == 2
+
+
 def test_missing_source_and_unknown_layout(tmp_path):
     with pytest.raises(SpecDecodeError, match="does not exist"):
         list(conversations.read(str(tmp_path / "none")))
