@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object
+from spec_decode.files import read_json_object, sha256_text
 from specforge.data import parse
 from specforge.data.template import TEMPLATE_REGISTRY, ChatTemplate
 from transformers import AutoTokenizer
@@ -70,6 +70,11 @@ class ChatFormat:
             warnings.filterwarnings("ignore", message="The first message is from system")
             input_ids, loss_mask = self._parser.parse(conversation, max_length=self.max_length)
         return Rendered(input_ids, loss_mask)
+
+    @property
+    def template_sha(self) -> str:
+        """Changes with any field of the template, whose name may stay."""
+        return sha256_text(self.template.model_dump_json())
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The prompt as a server renders it before it answers."""

@@ -23,7 +23,7 @@ import torch
 from chat_format import ChatFormat
 from spec_decode import conversations
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, sha256_file, sha256_text, sha256_value, write_json, write_text
+from spec_decode.files import read_json_object, sha256_file, sha256_value, write_json, write_text
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
 
@@ -257,7 +257,7 @@ def main() -> None:
             "regenerated": bool(config["regenerate"]),
             "mean_tokens": round(facts["tokens"] / max(1, facts["rows_rendered"]), 1),
             "sources": config["sources"],
-            "template_sha256": sha256_text(chat.template.model_dump_json()),
+            "template_sha256": chat.template_sha,
         }
     )
 
