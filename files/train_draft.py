@@ -30,9 +30,10 @@ from spec_decode.files import read_json_object, sha256_value, write_json, write_
 from spec_decode.nodes import Nodes
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
-from spec_decode.target_view import sharded_view
+from spec_decode.target_view import trainer_view
 from spec_decode.training_log import CliLog, ScriptsLog, TrainingLog
 from spec_decode.waiting import clock
+from transformers import AutoConfig
 
 
 def arguments() -> argparse.Namespace:
@@ -142,6 +143,16 @@ class ScriptsTrainer:
 TRAINERS: dict[str, type[CliTrainer] | type[ScriptsTrainer]] = {"cli": CliTrainer, "scripts": ScriptsTrainer}
 
 
+def text_part(target: str) -> dict[str, Any] | None:
+    """The language model's part of a multimodal target's config; nothing if the config is that of a language model.
+
+    SpecForge reads the LM head's sizes for EAGLE3 at the config's top level alone.
+    """
+    config = AutoConfig.from_pretrained(target)
+    text = config.get_text_config()
+    return None if text is config else text.to_dict()
+
+
 def train(
     command: list[str], environment: dict[str, str], log: TrainingLog, metrics: Metrics | None, total: int, first: int
 ) -> None:
@@ -193,10 +204,11 @@ def main() -> None:
     # Its content, not its path alone: another mask token or block size at the same place is another draft.
     draft = read_json_object(generation.draft_config(config), "draft's config")
     identity = sha256_value([config, draft, manifest])[:12]
+    text = text_part(options.target_model_path) if config["training"]["strategy"] == "eagle3" else None
     output = os.path.join(options.output, identity)
     os.makedirs(output, exist_ok=True)
     places = {
-        "target": sharded_view(options.target_model_path, os.path.join(options.output, "target")),
+        "target": trainer_view(options.target_model_path, os.path.join(options.output, "target"), text),
         "features": os.path.abspath(options.features),
         "cache": os.path.join(output, "cache"),
         "output": output,

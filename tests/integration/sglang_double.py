@@ -4,8 +4,8 @@
 """Stands in for SpecForge's ``prepare_hidden_states.py`` where SGLang cannot run: transformers computes the states.
 
 All else is the script's own way, faults included: SpecForge's data set with its shuffle, rows padded to the longest of their
-batch, what was cached for a path taken for its content, existing files skipped, files written in place. ``DOUBLE_FAULTS`` asks for a sample that is dropped for its NaN
-(``nan``) or a file that is cut off by a kill (``cut``).
+batch, what was cached for a path taken for its content, existing files skipped, files written in place. ``DOUBLE_FAULTS``
+asks for a sample that is dropped for its NaN (``nan``) or a file that is cut off by a kill (``cut``).
 """
 
 from __future__ import annotations

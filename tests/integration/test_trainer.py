@@ -16,6 +16,7 @@ import sys
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import derive, features, files, gates, specforge
 from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts
+from ansible_collections.inference.spec_decode.tests.support import small_target
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 ENGINE = ROOT / ".engine/bin/python"
@@ -224,6 +225,24 @@ def test_what_changed_is_captured_anew(built, bundle, captured, tmp_path, progra
         assert result["shape_errors"] == []
         found.append(features.check_sealed(str(tmp_path / "features"))["content"])
     assert len(set(found)) == 3
+
+
+def test_trainers_head_takes_a_multimodal_target(bundle, tmp_path):
+    """SpecForge's own class reads a wrapper whose sizes stand in its text part."""
+    target = tmp_path / "target"
+    small_target.write_target(target)
+    text = {**json.loads((target / "config.json").read_text()), "model_type": "gemma3_text"}
+    wrapper = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (target / "config.json").write_text(json.dumps(wrapper))
+    program = (
+        "import sys\n"
+        "from train_draft import text_part, trainer_view\n"
+        "from specforge.modeling.target.target_head import TargetHead\n"
+        "view = trainer_view(sys.argv[1], sys.argv[2], text_part(sys.argv[1]))\n"
+        "print(*TargetHead.from_pretrained(view).fc.weight.shape)\n"
+    )
+    answer = run([ENGINE, "-c", program, target, tmp_path / "view"], PYTHONPATH=str(bundle))
+    assert answer.returncode == 0 and answer.stdout.splitlines()[-1] == "12 8", answer.stderr[-2000:]
 
 
 def test_one_sample_is_learned_and_accepted(built):

@@ -103,9 +103,11 @@ def test_nodes_of_a_step_meet_at_the_first():
 
 @pytest.fixture
 def train_draft(programs, monkeypatch):
-    """The program where no PyTorch is; it asks that for a GPU only."""
-    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
-    monkeypatch.setitem(sys.modules, "torch", torch)
+    """The program where no engine is: it asks PyTorch for a GPU and transformers for a wrapper around the language model."""
+    text = types.SimpleNamespace(get_text_config=lambda: text)
+    reader = types.SimpleNamespace(from_pretrained=lambda _path: text)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False)))
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoConfig=reader))
     import train_draft
 
     yield train_draft
