@@ -68,19 +68,13 @@ class Expected:
     """The conversations that must be captured, found again by their tokens."""
 
     def __init__(self, rows: list[Rendered], method: str) -> None:
-        eligible = [row for row in rows if method != "dflash" or self._dflash_trains_on(row)]
+        eligible = [row for row in rows if method != "dflash" or row.trains(method)]
         self.ineligible = len(rows) - len(eligible)
         self.count = len(eligible)
         self._rows: dict[Tokens, list[Rendered]] = {}
         for row in eligible:
             self._rows.setdefault(without_padding(row.input_ids.tolist()), []).append(row)
         self._seen: dict[Tokens, int] = {}
-
-    @staticmethod
-    def _dflash_trains_on(row: Rendered) -> bool:
-        """SpecForge leaves out rows without two supervised tokens side by side."""
-        mask = row.loss_mask.bool()
-        return bool((mask[:-1] & mask[1:]).any())
 
     def claim(self, tokens: Tokens) -> Rendered | None:
         """The row of these tokens, unless as many files as rows hold them already."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from chat_format import ChatFormat
+from chat_format import REFUSALS, ChatFormat
 from spec_decode import conversations
 from spec_decode.errors import SpecDecodeError
 from spec_decode.files import read_json_object, sha256_file, sha256_value, write_json, write_text
@@ -31,6 +31,7 @@ from spec_decode.progress import Progress
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target-model-path", required=True)
+    parser.add_argument("--method", choices=("eagle3", "dflash"), required=True)
     parser.add_argument("--chat-template", required=True)
     parser.add_argument("--chat-template-file", default="")
     parser.add_argument("--config", required=True, help="JSON: sources, train, eval, seed, max_length, regenerate")
@@ -42,10 +43,9 @@ def arguments() -> argparse.Namespace:
 class Selection:
     """Rows that the target renders, split so that no prompt of eval is a prompt of train."""
 
-    def __init__(self, chat: ChatFormat, config: dict[str, Any], progress: Progress) -> None:
-        self._chat, self._config, self._progress = chat, config, progress
+    def __init__(self, chat: ChatFormat, method: str, config: dict[str, Any]) -> None:
+        self._chat, self._method, self._config = chat, method, config
         self.dropped: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, str] = {}
 
     def choose(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Training and evaluation rows in the shares that the sources' weights ask for."""
@@ -59,7 +59,8 @@ class Selection:
             rows = list(conversations.read(source["path"], source.get("layout", "auto")))
             random.Random(f"{config['seed']}-{number}").shuffle(rows)
             wanted = {part: sum(shares[part][: number + 1]) for part in ("train", "eval")}
-            for row in self._usable(rows, source["path"]):
+            dropped: dict[str, list[str]] = collections.defaultdict(list)
+            for row in self._usable(rows, source["path"], dropped):
                 if len(train) >= wanted["train"] and len(held_out) >= wanted["eval"]:
                     break
                 prompt = conversations.prompt_key(row)
@@ -71,50 +72,52 @@ class Selection:
                 elif prompt not in prompts["eval"]:
                     prompts["train"].add(prompt)
                     train.append(row)
-            self._check_share(source["path"], len(rows), number, shares, train, held_out)
+            unusable = {reason: len(ids) for reason, ids in dropped.items()}
+            self.dropped.update(unusable)
+            facts = f"{source['path']} has {len(rows)} rows, of which {sum(unusable.values())} cannot be used"
+            self._check_share(facts, number, shares, train, held_out)
         random.Random(config["seed"]).shuffle(train)
         return train, held_out
 
-    def _usable(self, rows: list[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
+    def _usable(self, rows: list[dict[str, Any]], path: str, dropped: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
+        """Rows of one source that can be used; the ids of the others go into ``dropped``, by the reason."""
+        limit = float(self._config["max_dropped_fraction"])
         for seen, row in enumerate(rows, 1):
             reason = self._fault(row)
             if reason is None:
                 yield row
                 continue
-            self.dropped[reason] += 1
-            self.examples.setdefault(reason, f"{path}, row {row['id']}")
-            limit = float(self._config["max_dropped_fraction"])
-            if seen >= 20 and sum(self.dropped.values()) > limit * seen and sum(self.dropped.values()) >= 5:
-                self._refuse(path, seen)
-
-    def _refuse(self, path: str, seen: int) -> None:
-        counts = ", ".join(f"{count} {reason} (first: {self.examples[reason]})" for reason, count in self.dropped.items())
-        raise SpecDecodeError(
-            f"Of the first {seen} rows of {path} too many cannot be used: {counts}.",
-            "Mend the data or the chat template, or raise dataset_max_dropped_fraction.",
-        )
+            dropped[reason].append(row["id"])
+            count = sum(map(len, dropped.values()))
+            if seen >= 20 and count > limit * seen and count >= 5:
+                counts = ", ".join(f"{len(ids)} {reason} (first: row {ids[0]})" for reason, ids in dropped.items())
+                raise SpecDecodeError(
+                    f"Of the first {seen} rows of {path} too many cannot be used: {counts}.",
+                    "Mend the data or the chat template, or raise dataset_max_dropped_fraction.",
+                )
 
     def _fault(self, row: dict[str, Any]) -> str | None:
+        if "fault" in row:
+            return str(row["fault"])
         turns = row["conversations"]
         if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
             return "without an assistant turn"
         try:
             rendered = self._chat.render(turns)
-        except (UserWarning, ValueError, KeyError, IndexError, TypeError) as error:
+        except REFUSALS as error:
             return f"not rendered by the chat template ({type(error).__name__})"
-        if not bool(rendered.loss_mask.any()):
-            return f"with an empty loss mask under the template (at {self._chat.max_length} tokens)"
+        if not rendered.trains(self._method):
+            mask = "a loss mask without two tokens side by side" if rendered.loss_mask.any() else "an empty loss mask"
+            return f"with {mask} under the template (at {self._chat.max_length} tokens)"
         return None
 
-    def _check_share(
-        self, path: str, rows: int, number: int, shares: dict[str, list[int]], train: list[Any], held_out: list[Any]
-    ) -> None:
+    @staticmethod
+    def _check_share(facts: str, number: int, shares: dict[str, list[int]], train: list[Any], held_out: list[Any]) -> None:
         for part, chosen in (("train", train), ("eval", held_out)):
             wanted = sum(shares[part][: number + 1])
             if len(chosen) < wanted:
                 raise SpecDecodeError(
-                    f"The data set lacks {wanted - len(chosen)} {part} rows: {path} has {rows} rows,"
-                    f" of which {sum(self.dropped.values())} cannot be used, and its share of {part} is"
+                    f"The data set lacks {wanted - len(chosen)} {part} rows: {facts}, and its share of {part} is"
                     f" {shares[part][number]}.",
                     "Give more data, or lower dataset_train_rows or dataset_eval_rows.",
                 )
@@ -198,7 +201,7 @@ class Regenerator:
 
 
 def evidence(
-    chat: ChatFormat, train: list[dict[str, Any]], held_out: list[dict[str, Any]], config: dict[str, Any]
+    chat: ChatFormat, method: str, train: list[dict[str, Any]], held_out: list[dict[str, Any]], config: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures that the data set gate judges, counted on the rows as they were written."""
     counts = collections.Counter[str]()
@@ -206,14 +209,13 @@ def evidence(
     for row in train + held_out:
         try:
             rendered = chat.render(row["conversations"])
-        except (UserWarning, ValueError, KeyError, IndexError, TypeError):
+        except REFUSALS:
             counts["rows_failed"] += 1
             continue
         counts["rows_rendered"] += 1
-        supervised = int(rendered.loss_mask.sum())
         counts["tokens"] += len(rendered.input_ids)
-        counts["supervised_tokens"] += supervised
-        counts["empty_masks"] += supervised == 0
+        counts["supervised_tokens"] += int(rendered.loss_mask.sum())
+        counts["empty_masks"] += not rendered.trains(method)
         counts["mask_outside_assistant"] += not chat.covers_only_assistant(row["conversations"], rendered)
         span = span or chat.supervised_text(rendered)
     prompts = {conversations.prompt_key(row) for row in train}
@@ -238,13 +240,13 @@ def main() -> None:
     config = read_json_object(options.config, "data set configuration")
     chat = ChatFormat(options.target_model_path, options.chat_template, options.chat_template_file, int(config["max_length"]))
     progress.update("reading and rendering the sources")
-    selection = Selection(chat, config, progress)
+    selection = Selection(chat, options.method, config)
     train, held_out = selection.choose()
     if config["regenerate"]:
         work = sha256_value([[row["conversations"] for row in train], config, os.environ.get("TARGET_SHA", "")])[:12]
         cache = os.path.join(options.output, "regenerated", f"{work}.jsonl")
         train = Regenerator(chat, options.target_model_path, config, cache, progress).rewrite(train)
-    facts = evidence(chat, train, held_out, config)
+    facts = evidence(chat, options.method, train, held_out, config)
     for part, rows in (("train", train), ("eval", held_out)):
         write_text(os.path.join(options.output, f"{part}.jsonl"), "".join(_line(row) for row in rows))
     files = {part: sha256_file(os.path.join(options.output, f"{part}.jsonl")) for part in ("train", "eval")}

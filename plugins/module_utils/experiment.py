@@ -228,7 +228,7 @@ def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
     bundle, recipe = experiment["bundle"], experiment["recipe"]
     table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "dataset": (
-            ("TARGET_MODEL_PATH", "TARGET_SHA", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE"),
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE"),
             ("configs/dataset.json",),
         ),
         "capture": (

@@ -64,7 +64,7 @@ def write_json(path: str, value: Any) -> bool:
 
 
 def write_link(path: str, destination: str) -> bool:
-    """Let ``path`` be a symbolic link to ``destination``, in one step in the place of a file there. Returns whether it changed."""
+    """Let ``path`` be a symbolic link to ``destination``, in one step in the place of another. Returns whether it changed."""
     if os.path.islink(path) and os.readlink(path) == destination:
         return False
     folder = os.path.dirname(os.path.abspath(path))

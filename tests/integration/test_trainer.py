@@ -123,8 +123,9 @@ def captured(built, bundle, tmp_path_factory):
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(config))
     answer = run([
-        ENGINE, bundle / "prepare_dataset.py", "--target-model-path", built.target, "--chat-template", "qwen",
-        "--config", folder / "dataset.json", "--output", folder / "data", "--result", folder / "dataset-result.json",
+        ENGINE, bundle / "prepare_dataset.py", "--target-model-path", built.target, "--method", "eagle3",
+        "--chat-template", "qwen", "--config", folder / "dataset.json", "--output", folder / "data",
+        "--result", folder / "dataset-result.json",
     ])  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-2000:]
     (folder / "SpecForge/scripts").mkdir(parents=True)

@@ -1,7 +1,7 @@
 # Copyright (c) inference.spec_decode contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What both generations of trainers print and leave behind, and where a program stands among its nodes."""
+"""What is chosen to train on, what both generations of trainers print and leave behind, and a program among its nodes."""
 
 from __future__ import annotations
 
@@ -156,3 +156,54 @@ def test_another_draft_config_at_the_same_place_is_trained_anew(train_draft, tmp
         train_draft.main()
     first, second = trained
     assert first != second and json.loads((tmp_path / "train/manifest.json").read_text())["identity"] == second
+
+
+@pytest.fixture
+def selection(programs, monkeypatch, tmp_path):
+    """Chooses from sources of 30 rows each, out of which four are ``bad``; a ``short`` one trains EAGLE3 alone."""
+
+    def render(turns):
+        if turns[1]["content"] == "bad":
+            raise ValueError("bad")
+        return types.SimpleNamespace(trains=lambda method: turns[1]["content"] != "short" or method == "eagle3", loss_mask=Mask())
+
+    chat = types.SimpleNamespace(render=render, max_length=128)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    monkeypatch.setitem(sys.modules, "chat_format", types.SimpleNamespace(ChatFormat=None, REFUSALS=(ValueError,)))
+    import prepare_dataset
+
+    def choose(names, method="eagle3", kinds=("bad",) * 4, weights=types.MappingProxyType({}), **changes):
+        sources = []
+        for name in names:
+            answers = [*kinds, *["good"] * (30 - len(kinds))]
+            rows = [{"data": [f"{name} {number}", answer]} for number, answer in enumerate(answers)]
+            (tmp_path / name).write_text(json.dumps(rows))
+            sources.append({"path": str(tmp_path / name), "weight": weights.get(name, 1)})
+        config = {"seed": 1, "max_dropped_fraction": 0.1, "eval": 0, "sources": sources, **changes}
+        found = prepare_dataset.Selection(chat, method, config)
+        train, _held_out = found.choose()
+        return len(train), dict(found.dropped)
+
+    yield choose
+    del sys.modules["prepare_dataset"]
+
+
+class Mask:
+    @staticmethod
+    def any():
+        return True
+
+
+def test_rows_that_cannot_be_used_are_weighed_against_their_own_source(selection):
+    from spec_decode.errors import SpecDecodeError
+
+    rows, dropped = selection(["a", "b", "c"], train=78)
+    assert rows == 78 and 8 <= sum(dropped.values()) <= 12
+    with pytest.raises(SpecDecodeError, match=r"lacks 4 train rows: .*b has 30 rows, of which 4 cannot be used, .* is 30\."):
+        selection(["a", "b"], train=56, weights={"a": 26, "b": 30})
+
+
+def test_rows_that_dflash_cannot_train_on_are_left_out_for_it_alone(selection):
+    assert selection(["a"], train=30, kinds=("short",) * 4) == (30, {})
+    rows, dropped = selection(["a"], "dflash", train=26, kinds=("short",) * 4)
+    assert rows == 26 and list(dropped) == ["with a loss mask without two tokens side by side under the template (at 128 tokens)"]
