@@ -125,6 +125,11 @@ def damage_quantised(target):
     (target / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": quantisation}))
 
 
+def damage_quantised_language_model(target):
+    text = {**CONFIG, "quantization_config": {"quant_method": "auto-round", "bits": 4}}
+    (target / "config.json").write_text(json.dumps({"text_config": text}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -140,6 +145,7 @@ def damage_quantised(target):
         (damage_no_weights, "has no safetensors weights"),
         (damage_no_tokenizer, "has no tokenizer"),
         (damage_quantised, "is quantised for serving"),
+        (damage_quantised_language_model, "is quantised for serving .auto-round"),
     ],
 )
 def test_damage_is_refused_in_one_sentence(target, damage, words):
@@ -148,8 +154,9 @@ def test_damage_is_refused_in_one_sentence(target, damage, words):
         read_target(str(target))
 
 
-def test_fp8_is_a_base_checkpoint(target):
-    fp8 = {"quant_method": "compressed-tensors", "format": "float8-quantized"}
+@pytest.mark.parametrize("format_", ["float8-quantized", "float-quantized", "mxfp8-quantized"])
+def test_fp8_is_a_base_checkpoint(target, format_):
+    fp8 = {"quant_method": "compressed-tensors", "format": format_}
     (target / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": fp8}))
     assert read_target(str(target)).parameters == 176
 
