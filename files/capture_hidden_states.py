@@ -57,6 +57,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def capture_identity(options: argparse.Namespace, layers: list[int], chat: ChatFormat, *backend: str) -> str:
+    """Changes with whatever the features depend on."""
+    manifest = read_json_object(os.path.join(options.data, "manifest.json"), "data set manifest")
+    target = os.environ.get("TARGET_SHA", "")
+    return sha256_value(
+        [manifest["sha256"]["train"], chat.template_sha, layers, options.method, options.max_length, target, *backend]
+    )
+
+
 class Target:
     """The target model with hooks on the chosen decoder layers and on what its LM head reads."""
 
@@ -205,16 +214,12 @@ def main() -> None:
     progress = Progress()
     layers = [int(layer) for layer in options.aux_layers.split(",")]
     chat = ChatFormat(options.target_model_path, options.chat_template, options.chat_template_file, options.max_length)
-    manifest = read_json_object(os.path.join(options.data, "manifest.json"), "data set manifest")
     with open(os.path.join(options.data, "train.jsonl"), encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     progress.update(f"rendering {len(rows)} conversations", 0, len(rows))
     samples = {index: chat.render(row["conversations"]) for index, row in enumerate(rows)}
-    identity = sha256_value(
-        [manifest["sha256"]["train"], layers, options.method, options.max_length, os.environ.get("TARGET_SHA", "")]
-    )
     target = Target(options.target_model_path, layers)
-    store = features.Store(options.output, identity)
+    store = features.Store(options.output, capture_identity(options, layers, chat))
     written = store.resume()
     missing = {index: sample for index, sample in samples.items() if index not in written}
     width = target.hidden_size * (len(layers) + (options.method == "eagle3"))

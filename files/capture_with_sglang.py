@@ -28,13 +28,13 @@ import time
 from typing import Any
 
 import torch
-from capture_hidden_states import capture_parser, save
+from capture_hidden_states import capture_identity, capture_parser, save
 from chat_format import ChatFormat, Rendered
 from draft_conversion import target_tensor
 from spec_decode import features
 from spec_decode.checkpoint import read_target
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, sha256_value
+from spec_decode.files import read_json_object, write_link
 from spec_decode.nodes import Nodes
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
@@ -68,19 +68,13 @@ class Expected:
     """The conversations that must be captured, found again by their tokens."""
 
     def __init__(self, rows: list[Rendered], method: str) -> None:
-        eligible = [row for row in rows if method != "dflash" or self._dflash_trains_on(row)]
+        eligible = [row for row in rows if method != "dflash" or row.trains(method)]
         self.ineligible = len(rows) - len(eligible)
         self.count = len(eligible)
         self._rows: dict[Tokens, list[Rendered]] = {}
         for row in eligible:
             self._rows.setdefault(without_padding(row.input_ids.tolist()), []).append(row)
         self._seen: dict[Tokens, int] = {}
-
-    @staticmethod
-    def _dflash_trains_on(row: Rendered) -> bool:
-        """SpecForge leaves out rows without two supervised tokens side by side."""
-        mask = row.loss_mask.bool()
-        return bool((mask[:-1] & mask[1:]).any())
 
     def claim(self, tokens: Tokens) -> Rendered | None:
         """The row of these tokens, unless as many files as rows hold them already."""
@@ -184,6 +178,22 @@ def probe(options: argparse.Namespace, store: features.Store, indices: list[int]
     }
 
 
+def cached_by_content(arguments_: list[str], data: str, identity: str) -> list[str]:
+    """The script's arguments with its data and its cache in a folder of this identity.
+
+    The script knows what it cached by the data's path and the template's name: rows that changed at the same path would
+    be captured as they were.
+    """
+    found = list(arguments_)
+    cache = found.index("--cache-dir") + 1
+    folder = os.path.join(found[cache], identity[:12])
+    rows = os.path.join(folder, "train.jsonl")
+    found[cache] = folder
+    found[found.index("--data-path") + 1] = rows
+    write_link(rows, os.path.abspath(os.path.join(data, "train.jsonl")))
+    return found
+
+
 def capture(command: dict[str, Any], options: argparse.Namespace, nodes: Nodes) -> None:
     """SpecForge's script under ``torchrun``, its output passed through."""
     if not os.path.isfile(command["script"]):
@@ -207,19 +217,17 @@ def main() -> None:
     result = PhaseResult("capture", options.result)
     nodes = Nodes.from_environment(os.environ)
     command = read_json_object(options.command, "capture command")
+    layers = [int(layer) for layer in options.aux_layers.split(",")]
+    chat = ChatFormat(options.target_model_path, options.chat_template, options.chat_template_file, options.max_length)
+    identity = capture_identity(options, layers, chat, "sglang")
+    command["arguments"] = cached_by_content(command["arguments"], options.data, identity)
     if not nodes.first:
         capture(command, options, nodes)  # waits at the rendezvous until the first node is ready
         return
     progress = Progress()
-    layers = [int(layer) for layer in options.aux_layers.split(",")]
-    chat = ChatFormat(options.target_model_path, options.chat_template, options.chat_template_file, options.max_length)
-    manifest = read_json_object(os.path.join(options.data, "manifest.json"), "data set manifest")
     with open(os.path.join(options.data, "train.jsonl"), encoding="utf-8") as stream:
         rows = [chat.render(json.loads(line)["conversations"]) for line in stream]
     hidden_size = int(first(language_model(read_target(options.target_model_path).config), HIDDEN_NAMES))
-    identity = sha256_value(
-        [manifest["sha256"]["train"], layers, options.method, options.max_length, os.environ.get("TARGET_SHA", ""), "sglang"]
-    )
     store = features.Store(options.output, identity)
     store.resume()
     found = Features(store, options.method, hidden_size, len(layers))

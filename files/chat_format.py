@@ -11,12 +11,15 @@ import warnings
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object
+from spec_decode.files import read_json_object, sha256_text
 from specforge.data import parse
 from specforge.data.template import TEMPLATE_REGISTRY, ChatTemplate
 from transformers import AutoTokenizer
 
+#: how SpecForge's parsers and a target's own template refuse a conversation
+REFUSALS = (UserWarning, ValueError, KeyError, IndexError, TypeError, TemplateError)
 PARSERS = {
     "general": parse.GeneralParser,
     "thinking": parse.ThinkingParser,
@@ -31,6 +34,11 @@ class Rendered:
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
+
+    def trains(self, method: str) -> bool:
+        """Whether there is something to learn; SpecForge's DFlash takes two supervised tokens side by side for it."""
+        mask = self.loss_mask.bool()
+        return bool((mask[:-1] & mask[1:]).any() if method == "dflash" else mask.any())
 
 
 def register_template(template: str, template_file: str) -> ChatTemplate:
@@ -70,6 +78,11 @@ class ChatFormat:
             warnings.filterwarnings("ignore", message="The first message is from system")
             input_ids, loss_mask = self._parser.parse(conversation, max_length=self.max_length)
         return Rendered(input_ids, loss_mask)
+
+    @property
+    def template_sha(self) -> str:
+        """Changes with any field of the template, whose name may stay."""
+        return sha256_text(self.template.model_dump_json())
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The prompt as a server renders it before it answers."""

@@ -20,20 +20,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import yaml
 from spec_decode import checkpoints, features
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import sha256_value, write_json, write_text
+from spec_decode.files import read_json_object, sha256_value, write_json, write_text
 from spec_decode.nodes import Nodes
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
-from spec_decode.target_view import sharded_view
+from spec_decode.target_view import trainer_view
 from spec_decode.training_log import CliLog, ScriptsLog, TrainingLog
 from spec_decode.waiting import clock
+from transformers import AutoConfig
 
 
 def arguments() -> argparse.Namespace:
@@ -108,6 +108,11 @@ class CliTrainer:
     def log(self) -> TrainingLog:
         return CliLog()
 
+    @staticmethod
+    def draft_config(config: dict[str, Any]) -> str:
+        """Where the draft's own config stands."""
+        return str(config["model"]["draft_model_config"])
+
 
 class ScriptsTrainer:
     """``scripts/train_eagle3.py``, which resumes by itself from the highest checkpoint: only whole ones may be there."""
@@ -129,8 +134,23 @@ class ScriptsTrainer:
     def log(self) -> TrainingLog:
         return ScriptsLog(int(self._config["training"]["ttt_length"]))
 
+    @staticmethod
+    def draft_config(config: dict[str, Any]) -> str:
+        """Where the draft's own config stands."""
+        return str(config["arguments"][config["arguments"].index("--draft-model-config") + 1])
 
-TRAINERS: dict[str, Callable[..., CliTrainer | ScriptsTrainer]] = {"cli": CliTrainer, "scripts": ScriptsTrainer}
+
+TRAINERS: dict[str, type[CliTrainer] | type[ScriptsTrainer]] = {"cli": CliTrainer, "scripts": ScriptsTrainer}
+
+
+def text_part(target: str) -> dict[str, Any] | None:
+    """The language model's part of a multimodal target's config; nothing if the config is that of a language model.
+
+    SpecForge reads the LM head's sizes for EAGLE3 at the config's top level alone.
+    """
+    config = AutoConfig.from_pretrained(target)
+    text = config.get_text_config()
+    return None if text is config else text.to_dict()
 
 
 def train(
@@ -180,16 +200,20 @@ def main() -> None:
             f" but the draft is to be trained on layers {layers}.",
             "Capture again with the same AUX_LAYERS.",
         )
-    identity = sha256_value([config, manifest])[:12]
+    generation = TRAINERS[config.get("interface", "cli")]
+    # Its content, not its path alone: another mask token or block size at the same place is another draft.
+    draft = read_json_object(generation.draft_config(config), "draft's config")
+    identity = sha256_value([config, draft, manifest])[:12]
+    text = text_part(options.target_model_path) if config["training"]["strategy"] == "eagle3" else None
     output = os.path.join(options.output, identity)
     os.makedirs(output, exist_ok=True)
     places = {
-        "target": sharded_view(options.target_model_path, os.path.join(options.output, "target")),
+        "target": trainer_view(options.target_model_path, os.path.join(options.output, "target"), text),
         "features": os.path.abspath(options.features),
         "cache": os.path.join(output, "cache"),
         "output": output,
     }
-    trainer = TRAINERS[config.get("interface", "cli")](options.config, config, places, nodes)
+    trainer = generation(options.config, config, places, nodes)
     newest, refused = checkpoints.newest_complete(output, config["run_id"])
     if nodes.first:
         for path, reason in refused:

@@ -33,7 +33,8 @@ _CHATML = ("<|im_start|>", "<|im_end|>")
 _QWEN = (Signature("qwen", _CHATML, (THINK,)),)
 _KIMI = ("<|im_middle|>", "<|im_end|>")
 _DEEPSEEK = ("<｜Assistant｜>", "<｜User｜>")
-#: ``model_type`` of a config → the registry's templates of that family
+#: ``model_type`` of a config → the registry's templates of that family. GPT-OSS has none here: SpecForge's parser for it
+#: takes turns by their channel, such as ``assistant_final``, and refuses every row of the layouts that are read.
 FAMILIES: dict[str, tuple[Signature, ...]] = {
     "llama": (Signature("llama3", ("<|start_header_id|>", "<|eot_id|>")),),
     "llama4": (Signature("llama4", ("<|header_start|>", "<|eot|>")),),
@@ -51,7 +52,6 @@ FAMILIES: dict[str, tuple[Signature, ...]] = {
     "gemma3_text": (Signature("gemma", ("<start_of_turn>", "<end_of_turn>")),),
     # Phi-3 and Phi-4-mini differ in a line end only, which a template's text does not show for certain.
     "phi3": (Signature("phi4", ("<|im_sep|>", *_CHATML)),),
-    "gpt_oss": (Signature("gpt-oss", ("<|channel|>", "<|message|>")),),
     "deepseek_v2": (Signature("deepseek-v2", ("Assistant: ", "User: "), _DEEPSEEK),),
     "deepseek_v3": (Signature("deepseek-v3", _DEEPSEEK, (THINK,)),),
     "deepseek_v32": (Signature("deepseek-v32", _DEEPSEEK),),

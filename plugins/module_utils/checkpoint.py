@@ -14,12 +14,18 @@ from typing import Any
 
 from .errors import SpecDecodeError
 from .files import read_json_object, sha256_file, sha256_value
+from .target_config import text_config
 
 INDEX = "model.safetensors.index.json"
 #: Quantisations made for serving: hidden states captured from them are not those of the base model.
 SERVING_QUANTISATIONS = frozenset(
-    {"nvfp4", "modelopt", "modelopt_fp4", "mxfp4", "gptq", "awq", "bitsandbytes", "compressed-tensors", "gguf", "hqq"}
-)
+    {
+        "nvfp4", "modelopt", "modelopt_fp4", "mxfp4", "gptq", "awq", "bitsandbytes", "compressed-tensors", "gguf", "hqq",
+        "aqlm", "auto-round", "eetq", "fp_quant", "higgs", "quanto", "quark", "sinq", "spqr", "torchao", "vptq",
+    }
+)  # fmt: skip
+#: in the name of an FP8 checkpoint's method or format; compressed-tensors calls it ``float-quantized``
+FP8_NAMES = ("fp8", "float8", "float-quantized")
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 HEAD_SUFFIXES = ("lm_head.weight", "output.weight", "embed_out.weight")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")
@@ -163,12 +169,14 @@ def _weights(path: str) -> tuple[dict[str, str], bool, dict[str, dict[str, Any]]
 
 
 def _refuse_quantised(config: dict[str, Any], path: str) -> None:
-    found = config.get("quantization_config") or config.get("compression_config") or {}
-    if not isinstance(found, dict) or not found:
+    parts = [config, text_config(config)]  # a wrapper's language model may say it for itself
+    keys = ("quantization_config", "compression_config")
+    found: Any = next((part[key] for part in parts for key in keys if part.get(key)), {})
+    if not isinstance(found, dict):
         return
     names = {str(found.get(key, "")).lower() for key in ("quant_method", "quant_algo", "format")} - {""}
     bad = {name for name in names for refused in SERVING_QUANTISATIONS if name.startswith(refused)}
-    if bad and not any("fp8" in name or "float8" in name for name in names):
+    if bad and not any(fp8 in name for name in names for fp8 in FP8_NAMES):
         raise SpecDecodeError(
             f"The target {path} is quantised for serving ({', '.join(sorted(bad))}); a draft must be trained on the"
             " hidden states of the base checkpoint in BF16 or FP8.",

@@ -30,6 +30,7 @@ def read(path: str, layout: str = "auto") -> Iterator[dict[str, Any]]:
 
     Layouts: ``sharegpt`` (``conversations`` of ``{from, value}``), ``ultrachat`` (``messages`` of
     ``{role, content}``, or ``data``, a list of texts that alternate), ``conversations`` (the target layout).
+    A row in its layout that is more than text has a ``fault`` that says so, and no turns.
     """
     if layout not in LAYOUTS:
         raise SpecDecodeError(f"The data layout {layout!r} of {path} is not one of {', '.join(LAYOUTS)}.")
@@ -82,15 +83,13 @@ def _raw_rows(path: str) -> Iterator[tuple[int, Any]]:
 def _row(row: Any, layout: str, path: str, number: int) -> dict[str, Any]:
     try:
         found = layout if layout != "auto" else _layout_of(row)
-        if found == "sharegpt":
-            turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
-        elif found == "conversations":
-            turns = [(turn["role"], turn["content"]) for turn in row["conversations"]]
-        elif "messages" in row:
-            turns = [(turn["role"], turn["content"]) for turn in row["messages"]]
+        if found == "ultrachat" and "messages" not in row:
+            turns = [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(row["data"])]
         else:
-            turns = [("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(row["data"])]
-        messages = [{"role": ROLES[str(role)], "content": str(content or "")} for role, content in turns]
+            turns = row["messages" if found == "ultrachat" else "conversations"]
+        speaker, words = ("from", "value") if found == "sharegpt" else ("role", "content")
+        fault = _fault(turns, words)
+        messages = [] if fault else [{"role": ROLES[str(turn[speaker])], "content": text_of(turn[words])} for turn in turns]
     except (KeyError, TypeError, AttributeError) as error:
         raise SpecDecodeError(
             f"Row {number} of {path} is not in the layout {layout!r}: {type(error).__name__} {error}.",
@@ -98,7 +97,28 @@ def _row(row: Any, layout: str, path: str, number: int) -> dict[str, Any]:
             " or {conversations: [{role, content}]}.",
         ) from error
     given = row.get("id", row.get("prompt_id", number))
-    return {"id": f"{sha256_text(os.path.basename(path))[:8]}-{number}-{given}", "conversations": messages}
+    # By the whole path: sources in different folders often have one name.
+    return {"id": f"{sha256_text(os.path.abspath(path))[:8]}-{number}-{given}", "conversations": messages, **fault}
+
+
+def text_of(content: Any) -> str:
+    """The text of a turn, which may stand in parts; anything else, such as an image, is refused."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(text_of(part.get("text")) for part in content)
+    raise ValueError(f"{json.dumps(content)[:60]} is no text")
+
+
+def _fault(turns: list[dict[str, Any]], words: str) -> dict[str, str]:
+    if any(turn.get("tool_calls") or turn.get("function_call") for turn in turns):
+        return {"fault": "with calls of tools"}
+    try:
+        for turn in turns:
+            text_of(turn[words])
+    except ValueError:
+        return {"fault": "with content that is no text"}
+    return {}
 
 
 def _layout_of(row: dict[str, Any]) -> str:

@@ -228,7 +228,7 @@ def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
     bundle, recipe = experiment["bundle"], experiment["recipe"]
     table: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "dataset": (
-            ("TARGET_MODEL_PATH", "TARGET_SHA", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE"),
+            ("TARGET_MODEL_PATH", "TARGET_SHA", "METHOD", "CHAT_TEMPLATE", "CHAT_TEMPLATE_FILE"),
             ("configs/dataset.json",),
         ),
         "capture": (
@@ -261,13 +261,14 @@ def _jobs(experiment: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "validate": (("TARGET_SHA",), (recipe["ARMS_PLAN"], "data/manifest.json", "results/draft.json")),
     }
     results = {"validate": "acceptance"}
+    template = [experiment["chat_template_file"]] if experiment["chat_template_file"] else []
+    own = {"dataset": [*(str(source["path"]) for source in experiment["dataset"]["sources"]), *template], "capture": template}
     return {
         phase: {
             "script": f"{bundle}/slurm/{SCRIPTS[phase]}.sbatch",
             "environment": {name: recipe[name] for name in names},
             "needs": [WRITERS[path] for path in inputs if path in WRITERS],
-            "inputs": [f"{bundle}/{path}" for path in inputs if path not in WRITERS]
-            + ([str(source["path"]) for source in experiment["dataset"]["sources"]] if phase == "dataset" else []),
+            "inputs": [*(f"{bundle}/{path}" for path in inputs if path not in WRITERS), *own.get(phase, [])],
             "result": f"{bundle}/results/{results.get(phase, phase)}.json",
         }
         for phase, (names, inputs) in table.items()

@@ -64,6 +64,22 @@ def write_json(path: str, value: Any) -> bool:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_link(path: str, destination: str) -> bool:
+    """Let ``path`` be a symbolic link to ``destination``, in one step in the place of another. Returns whether it changed."""
+    if os.path.islink(path) and os.readlink(path) == destination:
+        return False
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(path)}.", dir=folder) as temporary:
+            link = os.path.join(temporary, "link")
+            os.symlink(destination, link)
+            os.replace(link, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return True
+
+
 def read_json(path: str, what: str = "file") -> Any:
     """Read one JSON document; ``what`` names it in the error."""
     try:

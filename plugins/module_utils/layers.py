@@ -23,7 +23,7 @@ def aux_layers(config_or_count: Any) -> list[int]:
     if not 0 <= layers[0] < layers[1] < layers[2] < count:
         raise SpecDecodeError(
             f"A target with {count} layers is too shallow for the aux layers [1, L//2-1, L-4] = {layers},"
-            " which must be distinct and ascending (8 layers and more are).",
+            " which must be distinct and ascending (from 7 layers on they are).",
             "Give the layers yourself, for example -e aux_layers=0,1,2.",
         )
     return layers

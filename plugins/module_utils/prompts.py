@@ -64,7 +64,7 @@ def _custom(path: str) -> Iterator[Prompt]:
             if not line.strip():
                 continue
             try:
-                yield _user(str(json.loads(line)["prompt"]))
+                yield _user(conversations.text_of(json.loads(line)["prompt"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise SpecDecodeError(
                     f"Line {number} of {path} is no row with a prompt ({type(error).__name__}: {error}).",
@@ -76,6 +76,10 @@ def _of_conversations(path: str, layout: str) -> Iterator[Prompt]:
     with open(path, encoding="utf-8"):
         pass  # a file that is not there is worded as one of prompts, not of training data
     for row in conversations.read(path, layout):
+        if "fault" in row:
+            raise SpecDecodeError(
+                f"Row {row['id']} of {path} is one {row['fault']}, which is no prompt.", "Take it out: prompts are texts."
+            )
         turns = row["conversations"]
         while turns and turns[-1]["role"] == "assistant":
             turns = turns[:-1]

@@ -4,13 +4,14 @@
 """Stands in for SpecForge's ``prepare_hidden_states.py`` where SGLang cannot run: transformers computes the states.
 
 All else is the script's own way, faults included: SpecForge's data set with its shuffle, rows padded to the longest of their
-batch, existing files skipped, files written in place. ``DOUBLE_FAULTS`` asks for a sample that is dropped for its NaN
-(``nan``) or a file that is cut off by a kill (``cut``).
+batch, what was cached for a path taken for its content, existing files skipped, files written in place. ``DOUBLE_FAULTS``
+asks for a sample that is dropped for its NaN (``nan``) or a file that is cut off by a kill (``cut``).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import pathlib
 import torch
 from datasets import Dataset
 from specforge.data.preprocessing import build_eagle3_dataset
+from specforge.utils import safe_conversations_generator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -30,10 +32,14 @@ def main() -> None:
     options = parser.parse_args()
     faults = os.environ.get("DOUBLE_FAULTS", "").split(",")
     layers = json.loads(pathlib.Path(options.draft_model_config).read_text())["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    rows = [json.loads(line) for line in pathlib.Path(options.data_path).read_text().splitlines()]
+    rows = Dataset.from_generator(
+        safe_conversations_generator, gen_kwargs={"file_path": options.data_path},
+        cache_dir=str(pathlib.Path(__file__).resolve().parent.parent / "cache/hf_dataset"),
+    )  # fmt: skip
+    known_by = f"{options.data_path}-{options.max_length}-{options.chat_template}-{options.target_model_path}"
     data = build_eagle3_dataset(
-        Dataset.from_list([{"conversations": row["conversations"]} for row in rows]),
-        AutoTokenizer.from_pretrained(options.target_model_path), options.chat_template, options.max_length, num_proc=1,
+        rows, AutoTokenizer.from_pretrained(options.target_model_path), options.chat_template, options.max_length, num_proc=1,
+        cache_dir=os.path.join(options.cache_dir, "processed_dataset"), cache_key=hashlib.md5(known_by.encode()).hexdigest(),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(options.target_model_path, dtype=torch.bfloat16).eval()
     folder = pathlib.Path(options.output_path, f"rows_0-{options.file_group_size}")

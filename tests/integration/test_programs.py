@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import socket
 import struct
 import subprocess
+import types
 
 from ansible_collections.inference.spec_decode.plugins.module_utils import gates
 
@@ -39,7 +41,7 @@ def prepare(built, bundle, tmp_path, sources, template="qwen", template_file="",
     config.write_text(json.dumps({**CONFIG, "sources": sources, **changes}))
     result = tmp_path / "out" / "dataset.json"
     answer = run(
-        bundle, "prepare_dataset.py", "--target-model-path", built.target, "--chat-template", template,
+        bundle, "prepare_dataset.py", "--target-model-path", built.target, "--method", "eagle3", "--chat-template", template,
         "--chat-template-file", template_file, "--config", config, "--output", tmp_path / "out", "--result", result,
     )  # fmt: skip
     assert result.exists() == (answer.returncode == 0)
@@ -52,11 +54,12 @@ def sharegpt(tmp_path, rows):
     return {"path": str(path), "layout": "auto"}
 
 
+def conversation(question, answer="One."):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
 def rows(count, answered=True):
-    return [
-        {"conversations": [{"from": "human", "value": f"Count to {n}."}, {"from": "gpt", "value": "One." if answered else ""}]}
-        for n in range(count)
-    ]
+    return [conversation(f"Count to {n}.", "One." if answered else "") for n in range(count)]
 
 
 def test_unknown_template_lists_the_known_ones(built, bundle, tmp_path):
@@ -86,6 +89,35 @@ def test_template_that_matches_nothing(built, bundle, tmp_path):
 def test_rows_without_an_assistant_turn(built, bundle, tmp_path):
     answer, _result = prepare(built, bundle, tmp_path, [sharegpt(tmp_path, rows(30, answered=False))])
     refused(answer, "20 without an assistant turn")
+
+
+def test_rows_that_the_targets_own_template_refuses_are_left_out(built, bundle, tmp_path):
+    target = tmp_path / "strict"
+    shutil.copytree(built.target, target)
+    refusal = "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('No.') }}{% endif %}{% endfor %}"
+    template = target / "chat_template.jinja"
+    template.write_text(refusal + template.read_text())
+    strict = [{"conversations": [{"from": "system", "value": "Be brief."}, *row["conversations"]]} for row in rows(4)]
+    source = sharegpt(tmp_path, [*strict, *rows(30)])
+    answer, result = prepare(types.SimpleNamespace(target=target), bundle, tmp_path, [source], train=29, eval=1)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    dropped = json.loads(result.read_text())["rows_dropped"]
+    assert list(dropped) == ["not rendered by the chat template (TemplateError)"] and 1 <= sum(dropped.values()) <= 4
+
+
+def test_what_a_method_trains_on_is_what_specforge_says(bundle):
+    program = (
+        "import itertools, torch\n"
+        "from chat_format import Rendered\n"
+        "from specforge.data.loss_mask import has_consecutive_supervised_tokens as dflash\n"
+        "for bits in itertools.product((0, 1), repeat=4):\n"
+        "    row = Rendered(torch.arange(4), torch.tensor(bits))\n"
+        "    assert row.trains('dflash') == dflash(row.loss_mask) and row.trains('eagle3') == any(bits), bits\n"
+    )
+    answer = subprocess.run(
+        [str(ENGINE), "-c", program], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(bundle)}
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
 
 
 def test_too_few_rows(built, bundle, tmp_path):
@@ -120,6 +152,21 @@ def test_one_row_of_two_sources_is_one_row(built, bundle, tmp_path):
     answer, result = prepare(built, bundle, tmp_path, sources, train=1, eval=1)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(result.read_text())["counts"] == {"train": 1, "eval": 1}
+
+
+def test_regenerated_rows_follow_their_source(built, bundle, tmp_path):
+    """Rows of two sources of one name each get an answer; in an edited source no row keeps the old one."""
+    for word in ("Count", "Add"):
+        sources, asked = [], []
+        for folder in ("first", "second"):
+            questions = [f"{word} the {folder} to {number}." for number in range(3)]
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sources.append(sharegpt(tmp_path / folder, [conversation(question) for question in questions]))
+            asked += questions
+        answer, _result = prepare(built, bundle, tmp_path, sources, train=6, eval=0, regenerate=True)
+        assert answer.returncode == 0, answer.stderr
+        written = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+        assert sorted(row["conversations"][0]["content"] for row in written) == sorted(asked)
 
 
 def test_draft_for_a_target_of_another_width_is_not_staged(built, bundle, tmp_path):

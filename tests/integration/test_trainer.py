@@ -14,8 +14,9 @@ import subprocess
 import sys
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import derive, features, gates, specforge
+from ansible_collections.inference.spec_decode.plugins.module_utils import derive, features, files, gates, specforge
 from ansible_collections.inference.spec_decode.plugins.module_utils.engines import engine_facts
+from ansible_collections.inference.spec_decode.tests.support import small_target
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 ENGINE = ROOT / ".engine/bin/python"
@@ -122,8 +123,9 @@ def captured(built, bundle, tmp_path_factory):
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(config))
     answer = run([
-        ENGINE, bundle / "prepare_dataset.py", "--target-model-path", built.target, "--chat-template", "qwen",
-        "--config", folder / "dataset.json", "--output", folder / "data", "--result", folder / "dataset-result.json",
+        ENGINE, bundle / "prepare_dataset.py", "--target-model-path", built.target, "--method", "eagle3",
+        "--chat-template", "qwen", "--config", folder / "dataset.json", "--output", folder / "data",
+        "--result", folder / "dataset-result.json",
     ])  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-2000:]
     (folder / "SpecForge/scripts").mkdir(parents=True)
@@ -141,11 +143,12 @@ def captured(built, bundle, tmp_path_factory):
     return folder, layers
 
 
-def capture(built, bundle, folder, layers, faults=""):
+def capture(built, bundle, folder, layers, faults="", program="capture_with_sglang.py", template=("qwen", "")):
     (folder / "capture.json").unlink(missing_ok=True)
     return run([
-        ENGINE, bundle / "capture_with_sglang.py", "--command", folder / "command.json", "--target-model-path", built.target,
-        "--method", "eagle3", "--aux-layers", ",".join(map(str, layers)), "--chat-template", "qwen", "--max-length", "128",
+        ENGINE, bundle / program, *(["--command", folder / "command.json"] if "sglang" in program else []),
+        "--target-model-path", built.target, "--method", "eagle3", "--aux-layers", ",".join(map(str, layers)),
+        "--chat-template", template[0], "--chat-template-file", template[1], "--max-length", "128",
         "--data", folder / "data", "--output", folder / "features", "--result", folder / "capture.json",
     ], DOUBLE_FAULTS=faults)  # fmt: skip
 
@@ -197,6 +200,50 @@ def test_both_captures_agree(built, bundle, captured):
     )
     answer = run([ENGINE, "-c", program, folder / "own", folder / "features"])
     assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+@pytest.mark.parametrize("program", ["capture_with_sglang.py", "capture_hidden_states.py"])
+def test_what_changed_is_captured_anew(built, bundle, captured, tmp_path, program):
+    """At the same places: first the template, whose mask then covers less, then the conversations."""
+    shutil.copytree(captured[0] / "data", tmp_path / "data")
+    command = json.loads((captured[0] / "command.json").read_text())
+    words = [word.replace(str(captured[0]), str(tmp_path)) for word in command["arguments"]]
+    words[words.index("--draft-model-config") + 1] = str(captured[0] / "draft.json")
+    words[words.index("--chat-template") + 1] = "own"
+    (tmp_path / "command.json").write_text(json.dumps({**command, "arguments": words}))
+    rows, template = tmp_path / "data/train.jsonl", tmp_path / "template.json"
+    fields = {"assistant_header": "<|im_start|>assistant\n", "user_header": "<|im_start|>user\n"}
+    found = []
+    for end, said in (("<|im_end|>\n", "One"), ("<|im_end|>", "One"), ("<|im_end|>", "Two")):
+        template.write_text(json.dumps({**fields, "end_of_turn_token": end}))
+        rows.write_text(rows.read_text().replace("One", said))
+        manifest = {"sha256": {"train": files.sha256_file(str(rows))}}
+        (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+        answer = capture(built, bundle, tmp_path, captured[1], program=program, template=("own", template))
+        assert answer.returncode == 0, answer.stderr[-3000:]
+        result = json.loads((tmp_path / "capture.json").read_text())
+        assert result["samples"] == {"expected": 20, "written": 20} and result["throughput"]["resumed_samples"] == 0
+        assert result["shape_errors"] == []
+        found.append(features.check_sealed(str(tmp_path / "features"))["content"])
+    assert len(set(found)) == 3
+
+
+def test_trainers_head_takes_a_multimodal_target(bundle, tmp_path):
+    """SpecForge's own class reads a wrapper whose sizes stand in its text part."""
+    target = tmp_path / "target"
+    small_target.write_target(target)
+    text = {**json.loads((target / "config.json").read_text()), "model_type": "gemma3_text"}
+    wrapper = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (target / "config.json").write_text(json.dumps(wrapper))
+    program = (
+        "import sys\n"
+        "from train_draft import text_part, trainer_view\n"
+        "from specforge.modeling.target.target_head import TargetHead\n"
+        "view = trainer_view(sys.argv[1], sys.argv[2], text_part(sys.argv[1]))\n"
+        "print(*TargetHead.from_pretrained(view).fc.weight.shape)\n"
+    )
+    answer = run([ENGINE, "-c", program, target, tmp_path / "view"], PYTHONPATH=str(bundle))
+    assert answer.returncode == 0 and answer.stdout.splitlines()[-1] == "12 8", answer.stderr[-2000:]
 
 
 def test_one_sample_is_learned_and_accepted(built):

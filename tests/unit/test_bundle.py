@@ -187,6 +187,12 @@ def shellcheck(scripts):
     assert answer.returncode == 0, answer.stdout
 
 
+@pytest.mark.parametrize("file", ["", "/mine/template.json"])
+def test_a_template_file_is_an_input_of_whatever_renders_by_it(file):
+    jobs = experiment.compose(plan(), settings(chat_template_file=file))["jobs"]
+    assert {phase for phase, job in jobs.items() if file in job["inputs"]} == ({"dataset", "capture"} if file else set())
+
+
 def test_launchers_are_shellcheck_clean(tmp_path):
     bundle = lay_down(tmp_path, experiment.compose(plan(), settings(str(tmp_path / "work"))))
     scripts = [str(path) for path in [*bundle.glob("slurm/*"), bundle / "run-offline.sh"]]

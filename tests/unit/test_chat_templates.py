@@ -12,7 +12,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import chat_
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-KNOWN = ["gemma", "llama3", "phi4", "qwen", "qwen3-instruct", "qwen3-thinking"]
+KNOWN = ["gemma", "gpt-oss", "llama3", "phi4", "qwen", "qwen3-instruct", "qwen3-thinking"]
 
 
 def target(folder, model_type, text, nested=False):
@@ -44,11 +44,12 @@ def test_certain_match_is_named_with_its_rule(tmp_path, model_type, text, name, 
         ("phi3", "<|user|>\n<|assistant|>\n<|end|>"),  # Phi-3 or Phi-4-mini
         ("glm_moe_dsa", "<|user|><|assistant|>"),  # not in the table
         ("deepseek_v3", "<｜User｜><｜Assistant｜>"),  # known, but not to this SpecForge
+        ("gpt_oss", "<|start|>assistant<|channel|>final<|message|>"),  # its parser refuses conversations as they are read
         ("qwen3", ""),
     ],
 )
 def test_anything_else_is_refused_with_the_choices(tmp_path, model_type, text):
-    with pytest.raises(SpecDecodeError, match=rf"none can be derived .*model_type {model_type}.*with one of gemma, llama3"):
+    with pytest.raises(SpecDecodeError, match=rf"none can be derived .*model_type {model_type}.*with one of gemma, gpt-oss"):
         chat_templates.planned(target(tmp_path, model_type, text), "", "", KNOWN)
 
 

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import pathlib
+import shutil
 import struct
 
 import pytest
 from ansible_collections.inference.spec_decode.plugins.module_utils import derive
 from ansible_collections.inference.spec_decode.plugins.module_utils.checkpoint import INDEX, read_target
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
-from ansible_collections.inference.spec_decode.plugins.module_utils.target_view import sharded_view
+from ansible_collections.inference.spec_decode.plugins.module_utils.target_view import trainer_view
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 16, "hidden_size": 8, "num_attention_heads": 2,
@@ -122,6 +125,11 @@ def damage_quantised(target):
     (target / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": quantisation}))
 
 
+def damage_quantised_language_model(target):
+    text = {**CONFIG, "quantization_config": {"quant_method": "auto-round", "bits": 4}}
+    (target / "config.json").write_text(json.dumps({"text_config": text}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -137,6 +145,7 @@ def damage_quantised(target):
         (damage_no_weights, "has no safetensors weights"),
         (damage_no_tokenizer, "has no tokenizer"),
         (damage_quantised, "is quantised for serving"),
+        (damage_quantised_language_model, "is quantised for serving .auto-round"),
     ],
 )
 def test_damage_is_refused_in_one_sentence(target, damage, words):
@@ -145,17 +154,46 @@ def test_damage_is_refused_in_one_sentence(target, damage, words):
         read_target(str(target))
 
 
-def test_fp8_is_a_base_checkpoint(target):
-    fp8 = {"quant_method": "compressed-tensors", "format": "float8-quantized"}
+@pytest.mark.parametrize("format_", ["float8-quantized", "float-quantized", "mxfp8-quantized"])
+def test_fp8_is_a_base_checkpoint(target, format_):
+    fp8 = {"quant_method": "compressed-tensors", "format": format_}
     (target / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": fp8}))
     assert read_target(str(target)).parameters == 176
 
 
 def test_view_of_a_checkpoint_without_index(target, tmp_path):
     (target / INDEX).unlink()
-    view = sharded_view(str(target), str(tmp_path / "view"))
+    view = trainer_view(str(target), str(tmp_path / "view"))
     assert read_target(view).has_index
-    assert sharded_view(view, str(tmp_path / "other")) == view
+    assert trainer_view(view, str(tmp_path / "other")) == view
+
+
+@pytest.mark.parametrize("config", [None, {**CONFIG, "hidden_size": 8}])
+def test_view_shows_the_last_target_alone(target, tmp_path, config):
+    """Also where the former had an index and a config of its own in the view."""
+    other = tmp_path / "other"
+    shutil.copytree(target, other)
+    (other / "former.index.json").touch()
+    (target / INDEX).unlink()
+    trainer_view(str(other), str(tmp_path / "view"), {"model_type": "former"})
+    view = pathlib.Path(trainer_view(str(target), str(tmp_path / "view"), config))
+    assert {path.name for path in view.iterdir()} == {path.name for path in target.iterdir()} | {INDEX}
+    assert all(path.resolve().parent == target for path in view.iterdir() if path.name not in (INDEX, "config.json"))
+    assert json.loads((view / "config.json").read_text()) == (config or CONFIG)
+    assert read_target(str(view)).has_index and not (target / INDEX).exists()
+
+
+def test_several_nodes_make_one_view_at_one_time(target, tmp_path):
+    (target / INDEX).unlink()
+    for number in range(40):
+        (target / f"{number}.txt").touch()
+    trainer_view(str(target), str(tmp_path / "view"))
+    target.rename(tmp_path / "moved")
+    with concurrent.futures.ThreadPoolExecutor(4) as nodes:
+        made = [nodes.submit(trainer_view, str(tmp_path / "moved"), str(tmp_path / "view")) for _node in range(4)]
+    views = {node.result() for node in made}
+    assert all((tmp_path / "view" / f"{number}.txt").exists() for number in range(40))
+    assert len(views) == 1 and read_target(views.pop()).has_index
 
 
 def test_plan_names_everything_with_its_derivation(target):

@@ -46,6 +46,35 @@ def test_layouts_are_recognised(tmp_path, row, lines):
     assert found["conversations"] == TURNS
 
 
+def answered(answer):
+    return {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", **answer}]}
+
+
+def test_text_in_parts_is_text(tmp_path):
+    path = tmp_path / "data.jsonl"
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    path.write_text(json.dumps(answered({"content": parts, "tool_calls": None})) + "\n")
+    (found,) = conversations.read(str(path))
+    assert found["conversations"] == TURNS and "fault" not in found
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        ({"content": [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {}}]}, "with content that is no text"),
+        ({"content": 5}, "with content that is no text"),
+        ({"content": ["Hello"]}, "with content that is no text"),
+        ({"content": None, "tool_calls": [{"function": {"name": "look"}}]}, "with calls of tools"),
+        ({"function_call": {"name": "look"}}, "with calls of tools"),
+    ],
+)
+def test_rows_that_are_more_than_text_say_so_one_by_one(tmp_path, answer, fault):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([answered(answer), answered({"content": "Hello"})]))
+    faulty, good = conversations.read(str(path))
+    assert (faulty["fault"], faulty["conversations"]) == (fault, []) and good["conversations"] == TURNS
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -62,6 +91,16 @@ def test_bad_data_is_one_clear_error(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(SpecDecodeError, match=words):
         list(conversations.read(str(path)))
+
+
+def test_rows_of_two_sources_of_one_name_have_ids_of_their_own(tmp_path):
+    ids = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "train.jsonl"
+        path.write_text(json.dumps({"conversations": TURNS}) + "\n")
+        ids.update(row["id"] for row in conversations.read(str(path)))
+    assert len(ids) == 2
 
 
 def test_missing_source_and_unknown_layout(tmp_path):

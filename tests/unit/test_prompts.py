@@ -27,6 +27,7 @@ USER = ({"role": "user", "content": "How are you?"},)
         ("a.json", json.dumps([{"id": 1, "conversations": turns("from", "human", "gpt", "value")}])),
         ("a.jsonl", json.dumps({"conversations": turns("role", "user", "assistant", "content")})),
         ("a.jsonl", json.dumps({"messages": turns("role", "user", "assistant", "content")})),
+        ("a.jsonl", json.dumps({"prompt": [{"type": "text", "text": "How are you?"}]}) + "\n"),
     ],
 )  # fmt: skip
 def test_every_layout_gives_the_same_prompt(tmp_path, name, content):
@@ -51,6 +52,8 @@ def test_prompts_leave_the_last_answer_out(tmp_path):
         ("", "auto", "is empty"),
         ("", "lines", "holds 0 prompts, but 1 are asked for"),
         ('{"prompt": "a"}\n{"question": "b"}\n', "auto", "Line 2 of .* is no row with a prompt"),
+        ('{"prompt": 5}\n', "auto", "Line 1 of .* is no row with a prompt .ValueError: 5 is no text"),
+        ('{"messages": [{"role": "user", "content": 5}]}\n', "auto", "-1-1 of .* is one with content that is no text"),
         ("<html>\n", "auto", "Line 1 of .* is no valid JSON"),
         ("a\n", "parquet", "is not one of auto, lines, custom, sharegpt"),
     ],

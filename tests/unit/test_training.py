@@ -1,19 +1,24 @@
 # Copyright (c) inference.spec_decode contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What both generations of trainers print and leave behind, and where a program stands among its nodes."""
+"""What is chosen to train on, what both generations of trainers print and leave behind, and a program among its nodes."""
 
 from __future__ import annotations
 
 import json
 import math
+import pathlib
 import struct
+import sys
+import types
 import zipfile
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import checkpoints
+import yaml
+from ansible_collections.inference.spec_decode.plugins.module_utils import checkpoints, features
 from ansible_collections.inference.spec_decode.plugins.module_utils.nodes import Nodes
 from ansible_collections.inference.spec_decode.plugins.module_utils.training_log import CliLog, ScriptsLog
+from ansible_collections.inference.spec_decode.tests.support import small_target
 
 SCRIPTS_OUTPUT = """
 Training Epoch 0:   1%|          | 50/5000 [00:10<10:00, loss=3.2]Eval - Step 50 [51/10], position 0,  Acc: 0.62
@@ -94,3 +99,111 @@ def test_nodes_of_a_step_meet_at_the_first():
         "python", "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "8", "--node-rank", "2",
         "--master-addr", "gpu1", "--master-port", "24242",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def train_draft(programs, monkeypatch):
+    """The program where no engine is: it asks PyTorch for a GPU and transformers for a wrapper around the language model."""
+    text = types.SimpleNamespace(get_text_config=lambda: text)
+    reader = types.SimpleNamespace(from_pretrained=lambda _path: text)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False)))
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoConfig=reader))
+    import train_draft
+
+    yield train_draft
+    del sys.modules["train_draft"]
+
+
+def sealed_features(folder):
+    store = features.Store(str(folder), "captured")
+    store.resume()
+    store.seal({"layers": [1, 7, 12]}, {})
+
+
+@pytest.mark.parametrize("interface", ["cli", "scripts"])
+def test_another_draft_config_at_the_same_place_is_trained_anew(train_draft, tmp_path, monkeypatch, interface):
+    draft, configuration, script = (tmp_path / name for name in ("draft.json", "train.yaml", "train_eagle3.py"))
+    config = {"run_id": "r", "training": {"strategy": "eagle3", "max_steps": 10, "ttt_length": 7}}
+    if interface == "cli":
+        config["model"] = {"draft_model_config": str(draft)}
+    else:
+        script.touch()
+        config.update(interface=interface, script=str(script), deployment={"trainer": {"nproc_per_node": 1}})
+        config["arguments"] = ["--draft-model-config", str(draft), "--output-dir", "{output}"]
+    configuration.write_text(yaml.safe_dump(config))
+    small_target.write_target(tmp_path / "target")
+    sealed_features(tmp_path / "features")
+    trained = []
+
+    def train(command, environment, log, metrics, total, first):
+        metrics.add(total, {"loss": 1.0})
+        folder = pathlib.Path(metrics.path).parent
+        trained.append(folder.name)
+        checkpoint = folder / f"r-step{total}"
+        checkpoint.mkdir()
+        for name in ("training_state.pt", "training_state_rank0.pt"):
+            with zipfile.ZipFile(checkpoint / name, "w") as archive:
+                archive.writestr("data", "x")
+
+    monkeypatch.setattr(train_draft, "train", train)
+    arguments = {
+        "config": configuration, "target-model-path": tmp_path / "target", "aux-layers": "1,7,12",
+        "features": tmp_path / "features", "output": tmp_path / "train", "result": tmp_path / "train.json",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_draft.py", *(f"--{name}={value}" for name, value in arguments.items())])
+    for mask_token in (3, 3, 4):
+        draft.write_text(json.dumps({"mask_token_id": mask_token}))
+        train_draft.main()
+    first, second = trained
+    assert first != second and json.loads((tmp_path / "train/manifest.json").read_text())["identity"] == second
+
+
+@pytest.fixture
+def selection(programs, monkeypatch, tmp_path):
+    """Chooses from sources of 30 rows each, out of which four are ``bad``; a ``short`` one trains EAGLE3 alone."""
+
+    def render(turns):
+        if turns[1]["content"] == "bad":
+            raise ValueError("bad")
+        return types.SimpleNamespace(trains=lambda method: turns[1]["content"] != "short" or method == "eagle3", loss_mask=Mask())
+
+    chat = types.SimpleNamespace(render=render, max_length=128)
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    monkeypatch.setitem(sys.modules, "chat_format", types.SimpleNamespace(ChatFormat=None, REFUSALS=(ValueError,)))
+    import prepare_dataset
+
+    def choose(names, method="eagle3", kinds=("bad",) * 4, weights=types.MappingProxyType({}), **changes):
+        sources = []
+        for name in names:
+            answers = [*kinds, *["good"] * (30 - len(kinds))]
+            rows = [{"data": [f"{name} {number}", answer]} for number, answer in enumerate(answers)]
+            (tmp_path / name).write_text(json.dumps(rows))
+            sources.append({"path": str(tmp_path / name), "weight": weights.get(name, 1)})
+        config = {"seed": 1, "max_dropped_fraction": 0.1, "eval": 0, "sources": sources, **changes}
+        found = prepare_dataset.Selection(chat, method, config)
+        train, _held_out = found.choose()
+        return len(train), dict(found.dropped)
+
+    yield choose
+    del sys.modules["prepare_dataset"]
+
+
+class Mask:
+    @staticmethod
+    def any():
+        return True
+
+
+def test_rows_that_cannot_be_used_are_weighed_against_their_own_source(selection):
+    from spec_decode.errors import SpecDecodeError
+
+    rows, dropped = selection(["a", "b", "c"], train=78)
+    assert rows == 78 and 8 <= sum(dropped.values()) <= 12
+    with pytest.raises(SpecDecodeError, match=r"lacks 4 train rows: .*b has 30 rows, of which 4 cannot be used, .* is 30\."):
+        selection(["a", "b"], train=56, weights={"a": 26, "b": 30})
+
+
+def test_rows_that_dflash_cannot_train_on_are_left_out_for_it_alone(selection):
+    assert selection(["a"], train=30, kinds=("short",) * 4) == (30, {})
+    rows, dropped = selection(["a"], "dflash", train=26, kinds=("short",) * 4)
+    assert rows == 26 and list(dropped) == ["with a loss mask without two tokens side by side under the template (at 128 tokens)"]
