@@ -124,6 +124,7 @@ def test_a_restart_of_one_arm_voids_the_measurement(cluster, lab):
         ("namespace", {"spec_kubernetes_namespace": "nowhere"}, 'namespaces \\\\?"nowhere\\\\?" not found'),
         ("room", {**STAGING, "spec_canary_job_resources": {"requests": {"cpu": "1000"}}},
          "stage-.* was given no node within 3 s: 0/1 nodes are available: 1 Insufficient cpu."),
+        ("service", {}, "The Service production of namespace lab selects app.kubernetes.io/managed-by=ansible, which the canary's"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_and_leaves_nothing_behind(cluster, lab, fault, settings, words):
@@ -141,9 +142,18 @@ def test_what_goes_wrong_is_said_and_leaves_nothing_behind(cluster, lab, fault, 
         cluster.api.forbidden.add(("list", "nodes"))
     if fault == "created":
         cluster.api.forbidden.add(("create", "deployments"))
+    if fault == "service":
+        add_service(cluster, "production", {"app.kubernetes.io/managed-by": "ansible"})
     output = said(lab.play(code=2, **settings))
     assert re.search(words, output), output[-3000:]
     assert lab.own() == [] and not (lab.bundle / "results/acceptance.json").exists()
+
+
+def add_service(cluster, name, selector):
+    with cluster.store.lock:
+        cluster.store.create("services", "lab", {
+            "metadata": {"name": name}, "spec": {"selector": selector, "ports": [{"name": "http", "port": 80}]},
+        })  # fmt: skip
 
 
 def test_check_mode_makes_nothing(cluster, lab):

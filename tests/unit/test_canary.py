@@ -354,12 +354,49 @@ def test_the_kind_of_site_is_seen_and_can_be_told():
 def test_slurm_decides_which_of_its_nodes_are_idle():
     nodes = [node("a"), node("b")]
     pods = [pod("s-a", on="a", gpus=8, container="slurmd"), pod("s-b", on="b", gpus=8, container="slurmd")]
-    found = {"nodes": nodes, "pods": pods, "priority_classes": [], "slurm_idle": ["s-b"]}
-    assert canary_placement.survey(found, settings(), 2)["placement"]["node"] == "b"
+    found = {"nodes": nodes, "pods": pods, "priority_classes": [], "services": [], "slurm_idle": ["s-b"]}
+    placement = canary_placement.survey(found, settings(), [*ARMS, SWEPT])["placement"]
+    assert (placement["node"], placement["fits"]) == ("b", 2), "an arm of a sweep takes another one's place"
     with pytest.raises(SpecDecodeError, match="An arm of 2 pods cannot be measured"):
-        canary_placement.survey(found, settings(replicas=2), 2)
+        canary_placement.survey(found, settings(replicas=2), ARMS)
     with pytest.raises(SpecDecodeError, match="a is not idle in Slurm"):
-        canary_placement.survey({**found, "slurm_idle": []}, settings(), 2)
+        canary_placement.survey({**found, "slurm_idle": []}, settings(), ARMS)
+
+
+def surveyed(selector, **labels):
+    """The survey of a namespace with one Service."""
+    service = {"metadata": {"name": "production", "labels": labels}, "spec": {"selector": selector}}
+    found = {"nodes": [node()], "pods": [], "priority_classes": [], "services": [service], "slurm_idle": []}
+    return canary_placement.survey(found, settings(tolerations=[]), ARMS)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        {"app.kubernetes.io/managed-by": "ansible"},
+        {"app.kubernetes.io/component": "standing", "app.kubernetes.io/part-of": "spec-decode"},
+        {"experiment": "tiny-eagle3"},
+    ],
+)
+def test_a_service_that_would_take_the_canary_for_its_own_is_refused(selector):
+    with pytest.raises(SpecDecodeError, match="The Service production of namespace lab selects .* Nothing was started."):
+        surveyed(selector)
+    assert surveyed(selector, experiment="tiny-eagle3"), "the canary's own Services select its pods"
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        # As in vLLM's own guide to Kubernetes.
+        {"app.kubernetes.io/name": "vllm"},
+        {"app.kubernetes.io/managed-by": "ansible", "app": "production"},
+        {"experiment": "other"},
+        {},
+        None,
+    ],
+)
+def test_services_of_others_pods_are_no_obstacle(selector):
+    assert surveyed(selector)["placement"]["node"] == "a"
 
 
 # States
