@@ -21,6 +21,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     canary_objects,
     canary_placement,
     canary_state,
+    context,
     framing,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
@@ -567,6 +568,13 @@ def test_only_the_serving_volume_is_staged_to(changes, words):
         canary_measuring.staging_sources(experiment, draft, settings(**changes))
 
 
+def test_what_has_no_draft_of_its_own_stages_none():
+    experiment, draft = {"slug": "tiny", "target": {"path": "/work/base"}}, {"draft_dir": None, "sha": None}
+    assert canary_measuring.staging_sources(experiment, draft, settings(drafts_path="/elsewhere")) == []
+    (target,) = canary_measuring.staging_sources(experiment, draft, settings(stage_target=True))
+    assert target == {"source": "/work/base", "destination": "/models/base", "sha": ""}
+
+
 def measured_as_planned(plan, session, arms):
     """What a session's job brings back: the trials that its own plan asks for."""
     own = canary_measuring.session_plan(plan, session, arms, {arm["name"]: "http://x" for arm in arms}, "/m")
@@ -624,7 +632,7 @@ def measured(name, arms, pairs, on="a", mode="FULL", purpose="compare"):
     }  # fmt: skip
 
 
-FACTS = {"identity": "i", "site": {}, "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"}}
+FACTS = {"identity": "i", "image": "vllm/vllm-openai:v0.32.0", "site": {}, "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"}}
 
 
 def merged(*parts, swept=()):
@@ -637,6 +645,7 @@ def test_sessions_become_one_result():
     assert (found["finished_at"], found["duration_s"]) == ("3", 6.0)
     assert found["arms"]["standing"]["starts_s"] == [1.5, 1.5] and found["plan"]["prompts"] == {"sha256": "x", "count": 2}
     assert found["node"] == "a" and found["differences"] == []
+    assert context.image_of(found, "standing") == context.image_of(found, "trained") == "vllm/vllm-openai:v0.32.0"
     assert found["hardware"] == {"kind": "gpu"} and found["arms"]["trained"]["speculative_config"] == CONFIG
 
 
