@@ -231,8 +231,8 @@ def check_services(services: list[Object], canary: Object, arms: list[Object]) -
         if any(chosen <= set(labels(experiment, arm["name"]).items()) for arm in arms):
             words = ", ".join(f"{key}={value}" for key, value in sorted(chosen))
             raise SpecDecodeError(
-                f"The Service {service['metadata']['name']} of namespace {canary['namespace']} selects {words}, which the canary's"
-                " pods carry too: it would send its users' requests to them.",
+                f"The Service {service['metadata']['name']} of namespace {canary['namespace']} selects {words}, which the"
+                " canary's pods carry too: it would send its users' requests to them.",
                 "Let it select what its own pods alone carry, or set spec_kubernetes_namespace to another namespace."
                 " Nothing was started.",
             )

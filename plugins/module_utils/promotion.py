@@ -100,7 +100,7 @@ def _unreadable(command: list[str], arguments: list[str]) -> str:
             return "takes arguments from a file (--config)"
         if name != OPTION and OTHERWISE.match(name):
             return f"passes {word.partition('=')[0]}"
-        if name != OPTION and (OPTION in plain or " " in plain and "vllm serve" in plain):
+        if name != OPTION and (OPTION in plain or "vllm serve" in plain):
             return "passes vLLM's arguments inside a longer word, as a shell's script does"
     return ""
 

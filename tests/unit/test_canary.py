@@ -632,7 +632,10 @@ def measured(name, arms, pairs, on="a", mode="FULL", purpose="compare"):
     }  # fmt: skip
 
 
-FACTS = {"identity": "i", "image": "vllm/vllm-openai:v0.32.0", "site": {}, "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"}}
+FACTS = {
+    "identity": "i", "image": "vllm/vllm-openai:v0.32.0", "site": {},
+    "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"},
+}  # fmt: skip
 
 
 def merged(*parts, swept=()):

@@ -543,7 +543,7 @@ def test_verdict_of_kubernetes_is_promoted_while_the_draft_that_was_staged_is_th
         ({"experiment": {"slug": "other"}}, "nothing tells what draft_sha is now"),
         ({"facts": {"hardware": "NVIDIA H200"}}, "hardware was NVIDIA-H100-80GB-HBM3 and is NVIDIA H200 now"),
         ({"facts": {"image": None}}, "nothing tells what image is now; it was vllm/vllm-openai:v0.32.0"),
-        ({"facts": {"image": "vllm/vllm-openai:v0.33.0"}}, "image was vllm/vllm-openai:v0.32.0 and is vllm/vllm-openai:v0.33.0 now"),
+        ({"facts": {"image": "vllm/vllm-openai:v0.33.0"}}, "image was vllm/vllm-openai:v0.32.0 and is vllm/vllm-openai:v0.33.0"),
     ],
 )
 def test_verdict_of_kubernetes_is_stale_where_something_differs(tmp_path, change, words):

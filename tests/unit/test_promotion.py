@@ -92,7 +92,7 @@ def test_other_arguments_are_never_touched(words):
         (deployment(), "", "of which 2 fit ''"),
         (deployment("exec vllm serve /m --speculative-config '{}'"), "vllm", "inside a longer word"),
         (deployment("exec vllm  serve /m"), "vllm", "inside a longer word"),
-        (deployment("exec python3 -m vllm.entrypoints.openai.api_server --speculative_config {}"), "vllm", "inside a longer word"),
+        (deployment("exec python3 -m vllm.entrypoints.cli.main --speculative_config {}"), "vllm", "inside a longer word"),
         (deployment("-c", "serve", command=["/bin/bash"]), "vllm", "runs a shell (/bin/bash) in its command"),
         (deployment("$0", command=["env", "sh", "-c"]), "vllm", "runs a shell (sh) in its command"),
         (deployment(command=["vllm", "serve", "/m", "-sc", "{}"]), "vllm", "passes --speculative-config in its command"),
