@@ -28,7 +28,7 @@ from spec_decode.checkpoint import read_target
 from spec_decode.checkpoints import is_of_scripts
 from spec_decode.draft_config import width_problem
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, sha256_files, tail, write_json
+from spec_decode.files import read_json_object, sha256_folder, tail, write_json
 from spec_decode.program import PhaseResult
 from spec_decode.progress import Progress
 
@@ -86,7 +86,7 @@ def convert(options: argparse.Namespace, method: str, converter: Converter) -> N
         converted.problems[:0] = [f"{narrow}: it was trained for another target"] if narrow else []
         folder = os.path.join(staging, "draft")
         write_draft(converted.draft, folder)
-        sha = sha256_files([os.path.join(folder, name) for name in os.listdir(folder)], folder)[:16]
+        sha = sha256_folder(folder)[:16]
         place = os.path.join(options.drafts, sha)
         loads = not converted.problems and load(options.load_check, folder, progress)
         if not converted.problems and not os.path.isdir(place):

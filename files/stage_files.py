@@ -8,7 +8,8 @@ What stands at a destination is never written to: it is found to be the same, or
 a folder beside it, file by file, each checked after it was read back; an interrupted one goes on where it stopped.
 
 Plain files inside the folder are all that is read and all that is written: a link that leads out of it, a link to a
-folder, a device or the like is refused, never followed and never left out silently.
+folder, a device or the like is refused, never followed and never left out silently. Hidden folders are no part of a folder's
+content.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ import tempfile
 from typing import Any
 
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, sha256_file, sha256_value, write_json
+from spec_decode.files import CHECKSUMS, names_below, read_json_object, sha256_file, sha256_value, write_json
 from spec_decode.framing import frame
 from spec_decode.program import run
 from spec_decode.progress import Progress
 
-#: what is written beside the files: their checksums, relative path → SHA-256
-CHECKSUMS = ".spec-decode-checksums.json"
 SHA = re.compile(r"[0-9a-f]*")
 
 
@@ -73,15 +72,15 @@ def stage(folder: dict[str, str], progress: Progress) -> dict[str, Any]:
 
 
 def remove(folder: dict[str, str], progress: Progress) -> dict[str, Any]:
-    """Take a staged folder away: only one that this program wrote."""
+    """Take a staged folder away, and what an interrupted staging left: only what this program wrote."""
     destination = own_place(folder)
-    if os.path.lexists(destination):
-        if not os.path.isfile(os.path.join(destination, CHECKSUMS)):
-            raise SpecDecodeError(f"{destination} was not staged by this collection.", "Nothing was removed.")
-        progress.update(f"removing {destination}")
-        shutil.rmtree(destination)
-        return {**folder, "changed": True}
-    return {**folder, "changed": False}
+    if os.path.lexists(destination) and not os.path.isfile(os.path.join(destination, CHECKSUMS)):
+        raise SpecDecodeError(f"{destination} was not staged by this collection.", "Nothing was removed.")
+    there = [place for place in (destination, f"{destination}.partial") if os.path.lexists(place)]
+    for place in there:
+        progress.update(f"removing {place}")
+        shutil.rmtree(place)
+    return {**folder, "changed": bool(there)}
 
 
 def own_place(folder: dict[str, str]) -> str:
@@ -152,15 +151,10 @@ def checksums(folder: str, progress: Progress) -> dict[str, str]:
 
 def files_below(folder: str) -> list[str]:
     """All files below a folder, by their paths there; not the program's own record. Refuses what is none."""
-    found = []
-    for place, folders, names in os.walk(folder, onerror=unreadable):
-        for name in [*folders, *names]:
-            path = os.path.join(place, name)
-            if name in folders and not os.path.islink(path):
-                continue
-            check_plain(path, folder)
-            found.append(os.path.relpath(path, folder))
-    return sorted(name for name in found if name != CHECKSUMS)
+    found = names_below(folder)
+    for name in found:
+        check_plain(os.path.join(folder, name), folder)
+    return found
 
 
 def check_plain(path: str, folder: str) -> None:
@@ -195,10 +189,6 @@ def kind_of(path: str) -> str:
     mode = os.lstat(path).st_mode
     kinds = {stat.S_IFLNK: "a link to none", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
-
-
-def unreadable(error: OSError) -> None:
-    raise SpecDecodeError(f"{error.filename} cannot be read: {error.strerror}.", "Mend its permissions.") from error
 
 
 def content(found: dict[str, str]) -> str:

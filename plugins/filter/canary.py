@@ -26,6 +26,7 @@ class FilterModule:
             "canary_acceptance": canary_measuring.acceptance,
             "canary_arms": canary_measuring.canary_arms,
             "canary_by_hand": canary_objects.by_hand,
+            "canary_foreign": canary_state.foreign,
             "canary_identity": canary_measuring.identity,
             "canary_labelled": canary_state.labelled,
             "canary_measuring": canary_objects.measuring_objects,

@@ -27,17 +27,25 @@ def canary_arms(experiment: Object, draft: Object, canary: Object) -> list[Objec
 
 def draft_place(experiment: Object, draft: Object, canary: Object) -> str:
     """Where the pods see the draft: below its checksum, on the serving volume."""
-    return f"{canary['drafts_path'].rstrip('/')}/{experiment['slug']}/{draft['sha']}"
+    return f"{canary['drafts_path'].rstrip('/')}/{staged_below(experiment, draft)}"
+
+
+def staged_below(experiment: Object, draft: Object) -> str:
+    """A draft's place among all that are staged."""
+    return f"{experiment['slug']}/{draft['sha']}"
 
 
 def staging_sources(experiment: Object, draft: Object, canary: Object) -> list[Object]:
-    """What is brought to the serving volume: the draft, and the target where that is asked."""
-    found = [
-        {"source": draft["draft_dir"], "destination": draft_place(experiment, draft, canary), "sha": draft["sha"]}
-    ]  # fmt: skip
+    """What is brought to the serving volume: the draft, if the arms need one, and the target where that is asked."""
+    found, places = [], {}
+    if draft["sha"]:
+        place = draft_place(experiment, draft, canary)
+        found.append({"source": draft["draft_dir"], "destination": place, "sha": draft["sha"]})
+        places["drafts_path"] = canary["drafts_path"]
     if canary["stage_target"]:
         found.append({"source": experiment["target"]["path"], "destination": canary["target_path"], "sha": ""})
-    for name, path in (("drafts_path", canary["drafts_path"]), *([("target_path", canary["target_path"])] if found[1:] else [])):
+        places["target_path"] = canary["target_path"]
+    for name, path in places.items():
         volume = posixpath.join("/", posixpath.normpath(canary["models"]["path"]))
         if posixpath.commonpath([volume, posixpath.join("/", posixpath.normpath(path))]) != volume:
             raise SpecDecodeError(
@@ -152,8 +160,9 @@ def acceptance(measured: list[Object], plan: Object, draft: Object, arms: list[O
     for arm in arms:
         name, config = arm["name"], arm["speculative_config"]
         found[name].update(
-            speculative_config=config, num_speculative_tokens=(config or {}).get("num_speculative_tokens"), sweep=arm["sweep"]
-        )
+            speculative_config=config, num_speculative_tokens=(config or {}).get("num_speculative_tokens"), sweep=arm["sweep"],
+            image=facts["image"],
+        )  # fmt: skip
         if arm["sweep"]:
             beside = resolved.differences({baseline: configs[baseline], name: configs[name]})
             found[name]["differences"] = between_starts[name] + beside

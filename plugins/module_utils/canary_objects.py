@@ -49,7 +49,8 @@ def object_name(experiment: str, part: str) -> str:
 def labels(experiment: str, part: str) -> dict[str, str]:
     return {
         LABEL: experiment,
-        "app.kubernetes.io/name": "vllm",
+        # Not vllm: by that label Services select what serves in production, and the canary would answer for it.
+        "app.kubernetes.io/name": "spec-decode-canary",
         INSTANCE: object_name(experiment, part),
         COMPONENT: part,
         "app.kubernetes.io/part-of": "spec-decode",

@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from .canary_objects import LABEL, check_priority_class, priority_name
+from .canary_objects import LABEL, check_priority_class, labels, priority_name
 from .errors import SpecDecodeError
 
 Object = dict[str, Any]
@@ -221,11 +221,28 @@ def _plain(value: Decimal) -> str:
     return f"{value.normalize():f}"
 
 
-def survey(found: Object, canary: Object, arms: int) -> Object:
+def check_services(services: list[Object], canary: Object, arms: list[Object]) -> None:
+    """Refuse where someone's Service would send its requests to the canary's pods."""
+    experiment = canary["experiment"]
+    for service in services:
+        chosen = set((service["spec"].get("selector") or {}).items())
+        if not chosen or (service["metadata"].get("labels") or {}).get(LABEL) == experiment:
+            continue
+        if any(chosen <= set(labels(experiment, arm["name"]).items()) for arm in arms):
+            words = ", ".join(f"{key}={value}" for key, value in sorted(chosen))
+            raise SpecDecodeError(
+                f"The Service {service['metadata']['name']} of namespace {canary['namespace']} selects {words}, which the"
+                " canary's pods carry too: it would send its users' requests to them.",
+                "Let it select what its own pods alone carry, or set spec_kubernetes_namespace to another namespace."
+                " Nothing was started.",
+            )
+
+
+def survey(found: Object, canary: Object, arms: list[Object]) -> Object:
     """The ground before anything is made: ``{site, placement}``. Refuses what the canary must not do.
 
-    ``found`` holds ``nodes``, ``pods`` of all namespaces, ``priority_classes``, and ``slurm_idle``, the names that Slurm
-    gives its idle nodes.
+    ``found`` holds ``nodes``, ``pods`` of all namespaces, ``priority_classes``, ``services`` of the canary's namespace, and
+    ``slurm_idle``, the names that Slurm gives its idle nodes. ``arms`` are all that are served, one after the other or at once.
     """
     if canary["replicas"] != 1:
         raise SpecDecodeError(
@@ -235,6 +252,8 @@ def survey(found: Object, canary: Object, arms: int) -> Object:
     name = priority_name(canary)
     classes = {item["metadata"]["name"]: item for item in found["priority_classes"]}
     check_priority_class(classes.get(name), canary)
+    check_services(found["services"], canary, arms)
     site = site_kind(found["nodes"], found["pods"], canary["site"])
     slurm = slurm_nodes(found["pods"], found["slurm_idle"]) if site["kind"] == "slurm_on_k8s" else None
-    return {"site": site, "placement": find_placement(found["nodes"], found["pods"], canary, arms, slurm)}
+    compared = sum(not arm["sweep"] for arm in arms)  # those that only vary K take the place of one of these
+    return {"site": site, "placement": find_placement(found["nodes"], found["pods"], canary, compared, slurm)}

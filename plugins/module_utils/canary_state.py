@@ -174,6 +174,14 @@ def labelled(resources: list[Object], experiment: str) -> list[Object]:
     return [item for item in resources if (item["metadata"].get("labels") or {}).get(LABEL) == experiment]
 
 
+def foreign(resources: list[Object], wanted: list[Object], experiment: str) -> list[str]:
+    """Whose names the ``wanted`` objects are to have, though they are not the experiment's."""
+    names = {(item["kind"], item["metadata"]["name"]) for item in wanted}
+    mine = labelled(resources, experiment)
+    found = [(item["kind"], item["metadata"]["name"]) for item in resources if item not in mine]
+    return [f"{kind} {name}" for kind, name in found if (kind, name) in names]
+
+
 def inventory(resources: list[Object], experiment: str) -> Object:
     """``{own, others}``: names of the experiment's objects, and identities of everyone else's top objects."""
     mine = labelled(resources, experiment)

@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-from . import user_input
+from . import typed, user_input
 from .checkpoint import read_target
 from .derive import spec_slug
 from .draft_config import width_problem
@@ -37,8 +37,13 @@ def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> di
         raise SpecDecodeError(
             f"The candidate's draft {model} is no folder with a config.json.", "Download the draft first, and give its folder."
         )
-    if int(config.get("num_speculative_tokens") or 0) <= 0:
-        raise SpecDecodeError("The candidate does not say how many tokens to draft.", "Give num_speculative_tokens.")
+    tokens = str(config.get("num_speculative_tokens") or "").strip()
+    if not tokens.isdecimal() or not int(tokens):
+        raise SpecDecodeError(
+            f"The candidate does not say how many tokens to draft: its num_speculative_tokens is {tokens or 'not given'}.",
+            "Give a whole number above zero.",
+        )
+    config = {**config, "num_speculative_tokens": int(tokens)}
     try:
         with open(prompts, encoding="utf-8") as stream:
             rows = sum(1 for line in stream if line.strip())
@@ -63,6 +68,7 @@ def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> di
 
 def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The experiment: one job that measures, and the documents of its bundle."""
+    settings = typed.settings(settings)
     candidate, target = facts["candidate"], facts["target"]
     config = candidate["speculative_config"]
     name = checked_name(settings["name"] or f"{facts['slug']}-{config['method']}-candidate".replace("_", "-"))
@@ -74,7 +80,7 @@ def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "method": str(config["method"]),
         "bundle": bundle,
         "target": target,
-        "num_speculative_tokens": int(config["num_speculative_tokens"]),
+        "num_speculative_tokens": config["num_speculative_tokens"],
         "engine_python": os.path.normpath(settings["engine_python"]),
         "job": settings["job"],
         "serving": settings["serving"],
@@ -83,7 +89,9 @@ def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "prompts": settings["prompts_file"],
     }
     experiment["launch"] = launchers(settings["slurm"], settings["slurm_phases"], name)
-    plan = arms_plan(experiment, settings["prompts_file"], settings["seed"], config)
+    # Pods serve a copy of the draft from a place of their own, so that the plan leaves open where it stands.
+    tested = {**config, "model": "{draft}"} if config.get("model") else config
+    plan = arms_plan(experiment, settings["prompts_file"], settings["seed"], tested)
     experiment["recipe"] = {
         **user_input.variables(settings["job"]["environment"], "spec_job_environment"),
         **plan["server_environment"],

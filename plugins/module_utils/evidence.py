@@ -14,15 +14,16 @@ import os
 import re
 from typing import Any
 
+from .canary_measuring import staged_below
 from .checkpoint import read_target
 from .engines import engine_facts
 from .errors import SpecDecodeError
-from .files import read_json_object, read_json_or_none, read_text_or_none, sha256_file, sha256_files
-from .hardware import describe_hardware
+from .files import read_json_object, read_json_or_none, read_text_or_none, sha256_file, sha256_folder
+from .hardware import describe_hardware, plain_name
 
 Documents = dict[str, Any]
 #: documents that a first run does not have yet
-OPTIONAL = ("levers", "target_config", "experiment")
+OPTIONAL = ("levers", "target_config", "experiment", "draft")
 #: a plot needs no more points of a training curve
 CURVE_POINTS = 200
 #: a device metric of the DCGM exporter
@@ -79,8 +80,8 @@ def _promotion(found: Documents) -> Documents:
     except (KeyError, TypeError) as error:
         raise SpecDecodeError(f"The verdict lacks {error}.", "Judge the measurement again with this version.") from error
     facts: Documents = {}
-    if config.get("model") and os.path.isdir(config["model"]):
-        facts["draft_sha"] = draft_sha(config["model"])
+    if folder := _draft_folder(found, config.get("model") or ""):
+        facts["draft_sha"] = draft_sha(folder)
     if os.path.isdir(context["identity"]["path"]):
         facts["target_sha"] = read_target(context["identity"]["path"], serving_copy=True).sha
     if os.path.isfile(context["workload"]["dataset"]):
@@ -92,12 +93,27 @@ def _promotion(found: Documents) -> Documents:
     # The shas are those of the files, whatever anybody says: a promotion is about the staged artifact.
     for name in ("hardware", "vllm", "image", "target_sha"):
         facts[name] = given.get(name) or facts.get(name)
+    measured_on = str(found["verdict"].get("expiry", {}).get("holds_for", {}).get("hardware"))
+    if plain_name(facts["hardware"]) == plain_name(measured_on):
+        facts["hardware"] = measured_on
     return {**found, "facts": facts}
 
 
+def _draft_folder(found: Documents, model: str) -> str:
+    """Where this host has the draft that is served as ``model``; empty if nowhere.
+
+    Pods serve a copy on a volume of their own, which names its content; what it was copied from is here.
+    """
+    if os.path.isdir(model):
+        return model
+    draft, experiment = found.get("draft") or {}, found.get("experiment") or {}
+    staged = draft.get("sha") and experiment.get("slug") and model.endswith(f"/{staged_below(experiment, draft)}")
+    return draft["draft_dir"] if staged and os.path.isdir(draft["draft_dir"]) else ""
+
+
 def draft_sha(folder: str) -> str:
-    """The checksum under which a converted draft is staged."""
-    return sha256_files([os.path.join(folder, name) for name in os.listdir(folder)], folder)[:16]
+    """The checksum under which a draft is staged."""
+    return sha256_folder(folder)[:16]
 
 
 def _draft_config(folder: str | None) -> Documents | None:

@@ -18,6 +18,9 @@ from typing import Any
 
 from .errors import SpecDecodeError
 
+#: what a staged folder has beside its own files: their checksums, relative path → SHA-256
+CHECKSUMS = ".spec-decode-checksums.json"
+
 
 def write_text(path: str, text: str, mode: int = 0o644, errors: str = "strict") -> bool:
     """Write ``text`` so that a reader sees the old file or the whole new one.
@@ -140,6 +143,24 @@ def sha256_files(paths: Iterable[str], root: str) -> str:
     return sha256_value({os.path.relpath(path, root): sha256_file(path) for path in sorted(paths)})
 
 
+def sha256_folder(folder: str) -> str:
+    """One SHA-256 over a folder's content, by which a draft is known wherever it stands."""
+    return sha256_files([os.path.join(folder, name) for name in names_below(folder)], folder)
+
+
+def names_below(folder: str) -> list[str]:
+    """A folder's content: all that is no folder, at any depth, by its path there.
+
+    Hidden folders are no part of it: tools keep there what they know of a download or a checkout.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in [*links, *names]]
+    return sorted(name for name in found if name != CHECKSUMS)
+
+
 def tail(path: str, lines: int = 20, window: int = 65536) -> list[str]:
     """The last lines of a text file (an empty list if there is none), reading at most ``window`` bytes."""
     try:
@@ -156,6 +177,10 @@ def _cannot_write(path: str, error: OSError) -> SpecDecodeError:
         f"Cannot write {path}: {error.strerror}.",
         "Nothing was left half-written; free space or mend the permissions, then run again.",
     )
+
+
+def _unreadable(error: OSError) -> None:
+    raise SpecDecodeError(f"{error.filename} cannot be read: {error.strerror}.", "Mend its permissions.") from error
 
 
 def _remove_quietly(path: str) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from typing import Any
 
@@ -20,6 +21,11 @@ def describe_hardware() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def plain_name(name: str) -> str:
+    """An accelerator's name however it is spelled: a node's label has hyphens where nvidia-smi has blanks."""
+    return re.sub(r"[\s-]+", " ", name).strip()
 
 
 def _gpus() -> list[str]:

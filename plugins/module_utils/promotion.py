@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from typing import Any
 
 from .errors import SpecDecodeError
 
 OPTION = "--speculative-config"
+#: vLLM's short name of it
+SHORT = re.compile(r"^-sc(?=\.|$)")
+#: what sets the same in another way: --spec-method and the like, one key of the object, an option's name cut short
+OTHERWISE = re.compile(r"--spec(?!ialize)")
+SHELLS = frozenset(("ash", "bash", "dash", "ksh", "sh", "zsh"))
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"
 
 
@@ -34,13 +41,24 @@ def record(figures: dict[str, Any], known: dict[str, Any] | None, deployment: di
     return promoted
 
 
-def rolled_back(known: dict[str, Any] | None) -> dict[str, Any]:
-    """The record after a rollback; refused when nothing was promoted."""
+def rolled_back(known: dict[str, Any] | None, deployment: dict[str, Any] | None) -> dict[str, Any]:
+    """The record after a rollback; refused when nothing was promoted, or something else is served since.
+
+    ``deployment`` is what ``find_container`` found of the live one, if it is to be changed.
+    """
     if not known or known.get("state") not in (PROMOTED, ROLLED_BACK):
         raise SpecDecodeError(
             "Nothing was promoted from this experiment, so there is nothing to roll back.",
             "Check the name of the experiment and its results/promotion.json.",
         )
+    if deployment is not None:
+        live, promoted, previous = deployment["speculative_config"], known["speculative_config"], known["previous"]
+        if live not in (promoted, previous):
+            raise SpecDecodeError(
+                f"The standing deployment serves with {_text(live)}, which is neither the promoted {_text(promoted)}"
+                f" nor what stood before it, {_text(previous)}.",
+                "Someone changed it since: roll that back where it was done, or leave promote_apply out to get the files alone.",
+            )
     return {**known, "state": ROLLED_BACK}
 
 
@@ -60,18 +78,44 @@ def find_container(deployment: dict[str, Any], name: str) -> dict[str, Any]:
             f"{whose} has containers {', '.join(each['name'] for each in containers)}, of which {len(chosen)} fit {name!r}.",
             "Name the serving one as promote_container.",
         )
-    arguments = chosen[0].get("args") or []
-    if any(OPTION in word and word != OPTION and not word.startswith(f"{OPTION}=") for word in arguments):
+    command, arguments = chosen[0].get("command") or [], chosen[0].get("args") or []
+    if why := _unreadable(command, arguments):
         raise SpecDecodeError(
-            f"{whose} passes {OPTION} inside a longer word, as a shell's script does.",
-            "Give each of vLLM's arguments as an item of its own in args, so that one can be replaced safely.",
+            f"{whose} {why}, so that its speculative config cannot be told and replaced safely.",
+            f"Give each of vLLM's arguments as an item of its own in args, the draft as one {OPTION} with a JSON object.",
         )
     return {"name": chosen[0]["name"], "arguments": arguments, "speculative_config": _config_in(arguments, whose)}
 
 
+def _unreadable(command: list[str], arguments: list[str]) -> str:
+    """Why a container's words do not tell what vLLM gets; empty if they do."""
+    for word in command:
+        if os.path.basename(word) in SHELLS:
+            return f"runs a shell ({word}) in its command"
+        if _option(word) == OPTION:
+            return f"passes {OPTION} in its command, which is not changed"
+    for word in [*command, *arguments]:
+        name, plain = _option(word), " ".join(word.replace("_", "-").split())
+        if name == "--config":
+            return "takes arguments from a file (--config)"
+        if name != OPTION and OTHERWISE.match(name):
+            return f"passes {word.partition('=')[0]}"
+        if name != OPTION and (OPTION in plain or "vllm serve" in plain):
+            return "passes vLLM's arguments inside a longer word, as a shell's script does"
+    return ""
+
+
+def _option(word: str) -> str:
+    """The option that a word names, as vLLM reads it: underscores are hyphens."""
+    return SHORT.sub(OPTION, word.partition("=")[0].replace("_", "-"))
+
+
 def _config_in(arguments: list[str], whose: str) -> dict[str, Any] | None:
-    found = [word.partition("=")[2] for word in arguments if word.startswith(f"{OPTION}=")]
-    found += [after for word, after in zip(arguments, [*arguments[1:], ""]) if word == OPTION]
+    found = []
+    for word, after in zip(arguments, [*arguments[1:], ""]):
+        if _option(word) == OPTION:
+            _name, sign, value = word.partition("=")
+            found.append(value if sign else after)
     if not found:
         return None
     try:
@@ -88,10 +132,10 @@ def arguments_with(container: dict[str, Any], config: dict[str, Any] | None) -> 
     kept: list[str] = []
     skip = False
     for word in container["arguments"]:
-        if skip or word.startswith(f"{OPTION}="):
+        if skip:
             skip = False
-        elif word == OPTION:
-            skip = True
+        elif _option(word) == OPTION:
+            skip = "=" not in word
         else:
             kept.append(word)
     return kept if config is None else [*kept, OPTION, json.dumps(config, sort_keys=True)]

@@ -26,7 +26,10 @@ def configured(installed):
             CONTROLLER_HOST=address, CONTROLLER_OAUTH_TOKEN="secret-token", CONTROLLER_VERIFY_SSL="false"
         )
         try:
-            settings = {"awx_project_url": PROJECT, "awx_image": "registry.example.org/spec-decode-ee:0.1.0"}
+            settings = {
+                "awx_project_url": PROJECT, "awx_image": "registry.example.org/spec-decode-ee:0.1.0",
+                "awx_further_credentials": {"validate": ["spec-decode kubernetes"]},
+            }  # fmt: skip
             installed.play("awx_configure", "--check", **settings)
             assert {method for method, _path in store.requests} <= {"GET"}, "--check must make nothing"
             first = installed.play("awx_configure", "-vvv", **settings)
@@ -52,6 +55,17 @@ def test_every_object_is_there(configured):
     for template in templates.values():
         assert (ROOT / template["playbook"]).is_file(), "the project must hold the playbook"
         assert template["ask_variables_on_launch"], "the workflow's variables reach only templates that ask for them"
+
+
+def test_templates_have_the_credentials_that_they_are_given(configured):
+    store, _first, _again = configured
+    names = {item["id"]: item["name"] for item in store.named("credentials").values()}
+    found = {
+        name: {names[item["id"]] for item in store.links["job_templates", template["id"], "credentials"]}
+        for name, template in store.named("job_templates").items()
+    }
+    assert found.pop("spec-decode validate") == {"spec-decode login node", "spec-decode kubernetes"}
+    assert found and all(credentials == {"spec-decode login node"} for credentials in found.values())
 
 
 def test_survey_asks_for_what_the_plays_take(configured):

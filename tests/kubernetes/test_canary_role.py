@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
+import urllib.parse
 
 import pytest
 import yaml
 from ansible_collections.inference.spec_decode.plugins.module_utils.canary_objects import canary_objects
 from api_double import Fault, wait_until
-from lab import SERVER, STAGING, Lab, changed, pretend, printed, said
+from lab import ROOT, SERVER, STAGING, Lab, changed, pretend, printed, said
 
 ABBA = ["standing", "trained", "trained", "standing", "standing", "trained"]
 
@@ -51,6 +53,46 @@ def test_side_by_side_with_a_server_that_fails_and_loses_replies(cluster, lab):
     written = list(yaml.safe_load_all((lab.bundle / "deploy/tiny-spec-canary.yaml").read_text()))
     assert [item["kind"] for item in written] == ["PriorityClass", "Deployment", "Service", "Deployment", "Service"]
     assert changed(lab.play(**STAGING)) == 0
+    lab.play(role="teardown")
+    assert used_rights(cluster.api.requests) <= documented_rights()
+
+
+def test_what_has_no_draft_stages_none_and_takes_none_away(cluster, lab):
+    """Prompt lookup as a candidate, where drafts would be staged."""
+    pretend(cluster)
+    config = {"method": "ngram", "num_speculative_tokens": 3}
+    lab.experiment["documents"]["configs/arms.json"]["arms"][1]["speculative_config"] = config
+    (lab.bundle / "results/draft.json").write_text(json.dumps({"method": "ngram", "draft_dir": None, "sha": None}))
+    lab.play(**STAGING)
+    assert lab.result("acceptance")["arms"]["trained"]["speculative_config"] == config
+    lab.play(role="teardown", teardown_draft=True, **STAGING)
+    made = [path for method, path in cluster.api.requests if method == "POST" and path.endswith("/jobs")]
+    assert len(made) == 1, "the one that measured"
+
+
+def used_rights(requests):
+    """Verb, group and resource of each request as a Role names them, and whether in a namespace; discovery needs none."""
+    verbs = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}
+    found = set()
+    for method, path in requests:
+        _api, *parts = urllib.parse.urlsplit(path).path.strip("/").split("/")
+        group, rest = ("", parts[1:]) if _api == "api" else (parts[0] if parts else "", parts[2:])
+        namespaced = rest[:1] == ["namespaces"]
+        plural, name, sub = (*rest[2 if namespaced else 0 :], "", "", "")[:3]
+        if plural:
+            verb = verbs.get(method, "get" if name else "list")
+            found.add((verb, group, f"{plural}/{sub}" if sub else plural, namespaced))
+    return found
+
+
+def documented_rights():
+    """What docs/kubernetes.md asks for, in the namespace and cluster-wide."""
+    (written,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", (ROOT / "docs/kubernetes.md").read_text(), re.DOTALL)
+    return {
+        (verb, group, resource, role["kind"] == "Role")
+        for role in yaml.safe_load_all(written) for rule in role["rules"]
+        for verb in rule["verbs"] for group in rule["apiGroups"] for resource in rule["resources"]
+    }  # fmt: skip
 
 
 def test_each_further_k_is_compared_with_the_baseline_on_the_same_node(cluster, lab):
@@ -124,6 +166,8 @@ def test_a_restart_of_one_arm_voids_the_measurement(cluster, lab):
         ("namespace", {"spec_kubernetes_namespace": "nowhere"}, 'namespaces \\\\?"nowhere\\\\?" not found'),
         ("room", {**STAGING, "spec_canary_job_resources": {"requests": {"cpu": "1000"}}},
          "stage-.* was given no node within 3 s: 0/1 nodes are available: 1 Insufficient cpu."),
+        ("name", {}, "There is already Deployment tiny-eagle3-trained in namespace lab, without the label"),
+        ("service", {}, "The Service production of namespace lab selects app.kubernetes.io/managed-by=ansible, which"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_and_leaves_nothing_behind(cluster, lab, fault, settings, words):
@@ -141,9 +185,32 @@ def test_what_goes_wrong_is_said_and_leaves_nothing_behind(cluster, lab, fault, 
         cluster.api.forbidden.add(("list", "nodes"))
     if fault == "created":
         cluster.api.forbidden.add(("create", "deployments"))
+    if fault == "name":
+        add_deployment(cluster, "tiny-eagle3-trained")
+    if fault == "service":
+        add_service(cluster, "production", {"app.kubernetes.io/managed-by": "ansible"})
     output = said(lab.play(code=2, **settings))
     assert re.search(words, output), output[-3000:]
+    if fault in ("name", "service"):
+        assert not [path for method, path in cluster.api.requests if method != "GET"]
     assert lab.own() == [] and not (lab.bundle / "results/acceptance.json").exists()
+
+
+def add_deployment(cluster, name):
+    labels = {"app": name}
+    with cluster.store.lock:
+        cluster.store.create("deployments", "lab", {
+            "metadata": {"name": name},
+            "spec": {"replicas": 0, "selector": {"matchLabels": labels},
+                     "template": {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "main", "image": "pause"}]}}},
+        })  # fmt: skip
+
+
+def add_service(cluster, name, selector):
+    with cluster.store.lock:
+        cluster.store.create("services", "lab", {
+            "metadata": {"name": name}, "spec": {"selector": selector, "ports": [{"name": "http", "port": 80}]},
+        })  # fmt: skip
 
 
 def test_check_mode_makes_nothing(cluster, lab):
@@ -198,19 +265,46 @@ def test_teardown_of_one_of_two_while_it_comes_up(cluster, lab, tmp_path):
     assert changed(lab.play(role="teardown")) == 0
 
 
-def test_a_killed_play_leaves_nothing_that_teardown_does_not_find(cluster, lab):
-    pretend(cluster)
+def kill_once_it_serves(cluster, lab, **settings):
     cluster.images[SERVER].ready_after = 3600
-    play = subprocess.Popen(lab.command(), env=lab.environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    play = subprocess.Popen(lab.command(**settings), env=lab.environment(), stdout=subprocess.DEVNULL, start_new_session=True)
     wait_until(lambda: cluster.pods(experiment=lab.name), 60, "the canary comes up")
     os.killpg(play.pid, signal.SIGKILL)
     play.wait()
     assert lab.own()
     cluster.images[SERVER].ready_after = 0.2
+
+
+def test_a_killed_play_leaves_nothing_that_teardown_does_not_find(cluster, lab):
+    """Even where Slurm does not answer, and to someone who may not see monitors."""
+    pretend(cluster)
+    kill_once_it_serves(cluster, lab)
+    cluster.api.forbidden |= {("list", "podmonitors"), ("list", "servicemonitors")}
+    jobs = lab.bundle / "jobs"
+    jobs.write_text("no folder: jobs cannot be looked up")
+    lab.play(role="teardown", code=2)
+    assert lab.own() == []
+    jobs.unlink()
     lab.play(role="teardown", teardown_draft=True, **STAGING)
     assert lab.own() == []
     removed = [path for method, path in cluster.api.requests if method == "POST" and path.endswith("/jobs")]
     assert removed, "the draft is taken from the volume by a job"
+
+
+def test_nothing_of_a_killed_play_is_served_with(cluster, lab):
+    """What a merge would leave as it was: an item of a list that is not asked for any more."""
+    pretend(cluster)
+    kill_once_it_serves(cluster, lab, spec_canary_secrets={"HF_TOKEN": {"name": "hugging-face", "key": "token"}})
+    served = []
+
+    def look(pod):
+        served.extend(json.dumps(item["spec"]) for item in cluster.store.select("deployments", "lab"))
+        return printed(cluster, pod)
+
+    cluster.images[SERVER].log = look
+    lab.play()
+    assert served and not [text for text in served if "HF_TOKEN" in text]
+    assert lab.own() == []
 
 
 OTHER = """

@@ -102,6 +102,38 @@ def test_standing_deployment_that_is_not_what_was_compared_is_left_alone(product
     assert production.arguments() == other and not (production.bundle / "deploy").exists()
 
 
+def test_rollback_leaves_alone_what_was_changed_since(production):
+    production.play("promote_draft")
+    written = {path: path.read_text() for path in production.bundle.rglob("*.json")}
+    other = [*STANDING, "-sc", '{"method": "ngram", "num_speculative_tokens": 2}']
+    with production.cluster.store.lock:
+        found = production.cluster.store.get("deployments", "lab", "standing")
+        found["spec"]["template"]["spec"]["containers"][0]["args"] = other
+    assert "which is neither the promoted" in said(production.play("promote_rollback", code=2))
+    assert production.arguments() == other
+    assert {path: path.read_text() for path in production.bundle.rglob("*.json")} == written
+
+
+def test_draft_that_is_promoted_outlives_a_teardown(production):
+    draft = {"method": "eagle3", "draft_dir": str(production.draft), "sha": production.draft.name}
+    (production.bundle / "results/draft.json").write_text(json.dumps(draft))
+    (production.bundle / "experiment.json").write_text(json.dumps({"drafts_dir": str(production.draft.parent)}))
+    production.play("promote_draft")
+    assert "Roll the promotion back first" in said(production.play("teardown", code=2, teardown_draft=True))
+    assert production.draft.is_dir()
+    production.play("promote_rollback")
+    production.play("teardown", teardown_draft=True)
+    assert not production.draft.exists()
+
+
+def test_draft_of_another_experiment_outlives_the_teardown_of_one_that_only_measured_it(production):
+    draft = {"method": "eagle3", "draft_dir": str(production.draft), "sha": production.draft.name}
+    (production.bundle / "results/draft.json").write_text(json.dumps(draft))
+    (production.bundle / "experiment.json").write_text("{}")
+    production.play("teardown", teardown_draft=True)
+    assert production.draft.is_dir()
+
+
 def test_deployment_that_is_not_there(production):
     output = production.play("promote_draft", code=2, promote_deployment="elsewhere")
     assert "There is no Deployment elsewhere in namespace lab." in said(output)

@@ -21,6 +21,7 @@ from ansible_collections.inference.spec_decode.plugins.module_utils import (
     canary_objects,
     canary_placement,
     canary_state,
+    context,
     framing,
 )
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
@@ -354,12 +355,49 @@ def test_the_kind_of_site_is_seen_and_can_be_told():
 def test_slurm_decides_which_of_its_nodes_are_idle():
     nodes = [node("a"), node("b")]
     pods = [pod("s-a", on="a", gpus=8, container="slurmd"), pod("s-b", on="b", gpus=8, container="slurmd")]
-    found = {"nodes": nodes, "pods": pods, "priority_classes": [], "slurm_idle": ["s-b"]}
-    assert canary_placement.survey(found, settings(), 2)["placement"]["node"] == "b"
+    found = {"nodes": nodes, "pods": pods, "priority_classes": [], "services": [], "slurm_idle": ["s-b"]}
+    placement = canary_placement.survey(found, settings(), [*ARMS, SWEPT])["placement"]
+    assert (placement["node"], placement["fits"]) == ("b", 2), "an arm of a sweep takes another one's place"
     with pytest.raises(SpecDecodeError, match="An arm of 2 pods cannot be measured"):
-        canary_placement.survey(found, settings(replicas=2), 2)
+        canary_placement.survey(found, settings(replicas=2), ARMS)
     with pytest.raises(SpecDecodeError, match="a is not idle in Slurm"):
-        canary_placement.survey({**found, "slurm_idle": []}, settings(), 2)
+        canary_placement.survey({**found, "slurm_idle": []}, settings(), ARMS)
+
+
+def surveyed(selector, **labels):
+    """The survey of a namespace with one Service."""
+    service = {"metadata": {"name": "production", "labels": labels}, "spec": {"selector": selector}}
+    found = {"nodes": [node()], "pods": [], "priority_classes": [], "services": [service], "slurm_idle": []}
+    return canary_placement.survey(found, settings(tolerations=[]), ARMS)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        {"app.kubernetes.io/managed-by": "ansible"},
+        {"app.kubernetes.io/component": "standing", "app.kubernetes.io/part-of": "spec-decode"},
+        {"experiment": "tiny-eagle3"},
+    ],
+)
+def test_a_service_that_would_take_the_canary_for_its_own_is_refused(selector):
+    with pytest.raises(SpecDecodeError, match="The Service production of namespace lab selects .* Nothing was started."):
+        surveyed(selector)
+    assert surveyed(selector, experiment="tiny-eagle3"), "the canary's own Services select its pods"
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        # As in vLLM's own guide to Kubernetes.
+        {"app.kubernetes.io/name": "vllm"},
+        {"app.kubernetes.io/managed-by": "ansible", "app": "production"},
+        {"experiment": "other"},
+        {},
+        None,
+    ],
+)
+def test_services_of_others_pods_are_no_obstacle(selector):
+    assert surveyed(selector)["placement"]["node"] == "a"
 
 
 # States
@@ -530,6 +568,13 @@ def test_only_the_serving_volume_is_staged_to(changes, words):
         canary_measuring.staging_sources(experiment, draft, settings(**changes))
 
 
+def test_what_has_no_draft_of_its_own_stages_none():
+    experiment, draft = {"slug": "tiny", "target": {"path": "/work/base"}}, {"draft_dir": None, "sha": None}
+    assert canary_measuring.staging_sources(experiment, draft, settings(drafts_path="/elsewhere")) == []
+    (target,) = canary_measuring.staging_sources(experiment, draft, settings(stage_target=True))
+    assert target == {"source": "/work/base", "destination": "/models/base", "sha": ""}
+
+
 def measured_as_planned(plan, session, arms):
     """What a session's job brings back: the trials that its own plan asks for."""
     own = canary_measuring.session_plan(plan, session, arms, {arm["name"]: "http://x" for arm in arms}, "/m")
@@ -587,7 +632,10 @@ def measured(name, arms, pairs, on="a", mode="FULL", purpose="compare"):
     }  # fmt: skip
 
 
-FACTS = {"identity": "i", "site": {}, "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"}}
+FACTS = {
+    "identity": "i", "image": "vllm/vllm-openai:v0.32.0", "site": {},
+    "placement": {"resident": False, "hardware": {"kind": "gpu"}, "node": "a"},
+}  # fmt: skip
 
 
 def merged(*parts, swept=()):
@@ -600,6 +648,7 @@ def test_sessions_become_one_result():
     assert (found["finished_at"], found["duration_s"]) == ("3", 6.0)
     assert found["arms"]["standing"]["starts_s"] == [1.5, 1.5] and found["plan"]["prompts"] == {"sha256": "x", "count": 2}
     assert found["node"] == "a" and found["differences"] == []
+    assert context.image_of(found, "standing") == context.image_of(found, "trained") == "vllm/vllm-openai:v0.32.0"
     assert found["hardware"] == {"kind": "gpu"} and found["arms"]["trained"]["speculative_config"] == CONFIG
 
 

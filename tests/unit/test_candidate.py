@@ -13,7 +13,7 @@ import subprocess
 
 import jinja2
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils import candidate
+from ansible_collections.inference.spec_decode.plugins.module_utils import arms, canary_measuring, candidate
 from ansible_collections.inference.spec_decode.plugins.module_utils.errors import SpecDecodeError
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent.parent.parent / "templates"
@@ -48,11 +48,14 @@ def prompts(tmp_path):
     return str(path)
 
 
+def settings_of(folder, prompts, python="/e/python", **environment):
+    return {"name": "", "work_dir": str(folder), "engine_python": python, "job": {"environment": environment},
+            "serving": SERVING, "seed": 7, "prompts_file": prompts, "slurm": {}, "slurm_phases": {}}  # fmt: skip
+
+
 def test_method_without_a_model_is_one_measuring_job(target, prompts, tmp_path):
     facts = candidate.inspect(target, NGRAM, prompts, 2)
-    settings = {"name": "", "work_dir": str(tmp_path), "engine_python": "/e/python", "job": {"environment": {"SITE": "x"}},
-                "serving": SERVING, "seed": 7, "prompts_file": prompts, "slurm": {}, "slurm_phases": {}}  # fmt: skip
-    experiment = candidate.compose(facts, settings)
+    experiment = candidate.compose(facts, settings_of(tmp_path, prompts, SITE="x"))
     assert experiment["name"] == "some-target-ngram-candidate" and list(experiment["jobs"]) == ["validate"]
     arms = experiment["documents"]["configs/arms.json"]["arms"]
     assert [arm["speculative_config"] for arm in arms] == [None, NGRAM]
@@ -61,13 +64,20 @@ def test_method_without_a_model_is_one_measuring_job(target, prompts, tmp_path):
     assert any("no speculation" in line for line in candidate.table(experiment))
 
 
+def test_numbers_may_be_texts_as_of_a_trained_experiment(target, prompts, tmp_path):
+    settings = settings_of(tmp_path, prompts)
+    texts = {**settings, "seed": "7", "serving": {**SERVING, "trials": "3", "temperature": "0.0"}}
+    facts = candidate.inspect(target, NGRAM, prompts, 2)
+    assert candidate.compose(facts, texts) == candidate.compose(facts, settings)
+    with pytest.raises(SpecDecodeError, match="The setting serving.trials must be a whole number, but is 'few'"):
+        candidate.compose(facts, {**settings, "serving": {**SERVING, "trials": "few"}})
+
+
 def test_launcher_of_a_candidate_runs_the_measurement_and_nothing_else(target, prompts, tmp_path):
     stub = tmp_path / "python"
     stub.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
-    settings = {"name": "", "work_dir": str(tmp_path), "engine_python": str(stub), "job": {"environment": {}},
-                "serving": SERVING, "seed": 7, "prompts_file": prompts, "slurm": {}, "slurm_phases": {}}  # fmt: skip
-    experiment = candidate.compose(candidate.inspect(target, NGRAM, prompts, 2), settings)
+    experiment = candidate.compose(candidate.inspect(target, NGRAM, prompts, 2), settings_of(tmp_path, prompts, str(stub)))
     bundle = pathlib.Path(experiment["bundle"])
     (bundle / "slurm").mkdir(parents=True)
     loader = jinja2.Environment(loader=jinja2.FileSystemLoader([TEMPLATES, TEMPLATES / "slurm"]), trim_blocks=True)
@@ -91,6 +101,27 @@ def test_public_draft_is_known_by_its_content(target, prompts, tmp_path):
         (draft / "model.safetensors").write_bytes(content)
         shas.append(candidate.inspect(target, config, prompts, 2)["candidate"]["sha"])
     assert len(set(shas)) == 2 and all(len(sha) == 16 for sha in shas)
+    # As hf download --local-dir leaves it, and git clone.
+    for name, text in ((".cache/huggingface/download/config.json.metadata", "1764100000.0"), (".git/HEAD", "ref: main")):
+        (draft / name).parent.mkdir(parents=True)
+        (draft / name).write_text(text)
+    assert candidate.inspect(target, config, prompts, 2)["candidate"]["sha"] == shas[-1]
+
+
+def test_public_draft_is_served_from_wherever_it_is_staged(target, prompts, tmp_path):
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft/config.json").write_text("{}")
+    config = {"method": "eagle3", "num_speculative_tokens": "3", "model": str(tmp_path / "draft")}
+    experiment = candidate.compose(candidate.inspect(target, config, prompts, 2), settings_of(tmp_path, prompts))
+    documents = experiment["documents"]
+    sha = documents["results/draft.json"]["sha"]
+    canary = {"drafts_path": "/models/drafts", "stage_target": False, "models": {"path": "/models"}}
+    _standing, trained = canary_measuring.canary_arms(experiment, documents["results/draft.json"], canary)
+    assert trained["speculative_config"] == {**config, "num_speculative_tokens": 3, "model": f"/models/drafts/some-target/{sha}"}
+    (staged,) = canary_measuring.staging_sources(experiment, documents["results/draft.json"], canary)
+    assert staged == {"source": config["model"], "destination": f"/models/drafts/some-target/{sha}", "sha": sha}
+    here = arms.arms(arms.complete(documents["configs/arms.json"]), documents["results/draft.json"])
+    assert here["trained"].speculative_config["model"] == config["model"], "on this machine it stands where it was"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +130,9 @@ def test_public_draft_is_known_by_its_content(target, prompts, tmp_path):
         ({}, "names no method"),
         ({"method": "eagle3", "num_speculative_tokens": 3}, "method eagle3 needs a draft"),
         ({"method": "eagle3", "num_speculative_tokens": 3, "model": "/nowhere"}, "/nowhere is no folder with a config.json"),
-        ({"method": "mtp"}, "does not say how many tokens"),
+        ({"method": "mtp"}, "how many tokens to draft: its num_speculative_tokens is not given"),
+        ({"method": "mtp", "num_speculative_tokens": "four"}, "its num_speculative_tokens is four"),
+        ({"method": "mtp", "num_speculative_tokens": -1}, "its num_speculative_tokens is -1"),
     ],
 )
 def test_candidate_that_cannot_be_measured_is_refused(target, prompts, config, words):

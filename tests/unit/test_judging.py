@@ -551,6 +551,52 @@ def test_promotion_of_another_artifact_is_refused(tmp_path):
     assert not red.passed and red.reasons[0].startswith("draft_sha was ")
 
 
+def measured_on_kubernetes(folder):
+    """What a promotion reads after a measurement on Kubernetes, and the draft that the pods served a copy of."""
+    draft = folder / "draft"
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"weights")
+    sha = evidence.draft_sha(str(draft))
+    found = measurement(*WIN)
+    found["draft"]["sha"] = sha
+    found["hardware"]["name"] = "NVIDIA-H100-80GB-HBM3"
+    for name, config in (("standing", None), ("trained", found["arms"]["trained"]["speculative_config"])):
+        found["arms"][name]["image"] = "vllm/vllm-openai:v0.32.0"
+        if config:
+            config["model"] = f"/models/target/speculator/tiny/{sha}"
+    facts = {"hardware": "NVIDIA H100 80GB HBM3", "vllm": "0.32.0", "target_sha": "t", "image": "vllm/vllm-openai:v0.32.0"}
+    return draft, {
+        "verdict": judge(found), "facts": facts, "experiment": {"slug": "tiny"}, "draft": {"draft_dir": str(draft), "sha": sha},
+    }  # fmt: skip
+
+
+def test_verdict_of_kubernetes_is_promoted_while_the_draft_that_was_staged_is_the_same(tmp_path):
+    draft, given = measured_on_kubernetes(tmp_path)
+    assert given["verdict"]["expiry"]["holds_for"]["image"] == "vllm/vllm-openai:v0.32.0"
+    result = gates.evaluate("promotion", evidence.gather("promotion", given))
+    assert result.passed, result.reasons
+    (draft / "model.safetensors").write_bytes(b"other weights")
+    assert gates.evaluate("promotion", evidence.gather("promotion", given)).reasons[0].startswith("draft_sha was ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"draft": {"draft_dir": "/elsewhere", "sha": "0123"}}, "nothing tells what draft_sha is now"),
+        ({"draft": None}, "nothing tells what draft_sha is now"),
+        ({"experiment": {"slug": "other"}}, "nothing tells what draft_sha is now"),
+        ({"facts": {"hardware": "NVIDIA H200"}}, "hardware was NVIDIA-H100-80GB-HBM3 and is NVIDIA H200 now"),
+        ({"facts": {"image": None}}, "nothing tells what image is now; it was vllm/vllm-openai:v0.32.0"),
+        ({"facts": {"image": "vllm/vllm-openai:v0.33.0"}}, "image was vllm/vllm-openai:v0.32.0 and is vllm/vllm-openai:v0.33.0"),
+    ],
+)
+def test_verdict_of_kubernetes_is_stale_where_something_differs(tmp_path, change, words):
+    _draft, given = measured_on_kubernetes(tmp_path)
+    changed = {**given, **change, "facts": {**given["facts"], **change.get("facts", {})}}
+    result = gates.evaluate("promotion", evidence.gather("promotion", changed))
+    assert not result.passed and words in " ".join(result.reasons)
+
+
 def test_promotion_without_a_whole_verdict_is_one_sentence():
     with pytest.raises(SpecDecodeError, match="The verdict lacks 'verdict'"):
         evidence.gather("promotion", {"facts": {}})

@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import pytest
-from ansible_collections.inference.spec_decode.plugins.module_utils.files import sha256_files
+from ansible_collections.inference.spec_decode.plugins.module_utils.files import sha256_folder
 from ansible_collections.inference.spec_decode.plugins.module_utils.framing import unframe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -31,7 +31,7 @@ class Volume:
         (self.source / "config.json").write_text("{}")
         (self.source / "more/model.safetensors").write_bytes(os.urandom(100_000))
         self.names = ["config.json", "more/model.safetensors"]
-        self.sha = sha256_files([str(self.source / name) for name in self.names], str(self.source))[:16]
+        self.sha = sha256_folder(str(self.source))[:16]
         self.place = folder / "models" / self.sha
         (folder / "spec_decode").symlink_to(ROOT / "plugins/module_utils")
 
@@ -123,6 +123,24 @@ def test_removed_once_and_only_what_was_staged(volume):
     assert not volume.staged(remove=True)["changed"]
     volume.place.mkdir()
     assert "was not staged by this collection" in volume.run(remove=True).stderr and volume.place.exists()
+
+
+def test_what_an_interrupted_staging_left_is_removed_too(volume):
+    partial = volume.place.with_name(volume.sha + ".partial")
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text("{}")
+    assert volume.staged(remove=True)["changed"] and not partial.exists()
+
+
+def test_hidden_folders_are_no_part_of_a_draft(volume):
+    """As hf download --local-dir leaves one, with the time of the download in it."""
+    metadata = volume.source / ".cache/huggingface/download/config.json.metadata"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("1764100000.0")
+    assert volume.staged()["files"] == 2 and not (volume.place / ".cache").exists()
+    assert sha256_folder(str(volume.place))[:16] == volume.sha, "a staged draft is known by the same checksum"
+    metadata.write_text("1764200000.0")
+    assert not volume.staged()["changed"]
 
 
 def test_a_file_that_rotted_in_an_interrupted_copy_is_copied_anew(volume):
