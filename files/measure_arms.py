@@ -40,7 +40,7 @@ from spec_decode.arms import (
     warming,
 )
 from spec_decode.errors import SpecDecodeError
-from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_value, write_json
+from spec_decode.files import read_json_object, read_json_or_none, sha256_file, sha256_folder, sha256_value, write_json
 from spec_decode.hardware import describe_hardware
 from spec_decode.program import PhaseResult, run
 from spec_decode.progress import Progress
@@ -219,7 +219,8 @@ def main() -> None:
     logs = os.path.join(os.path.dirname(os.path.abspath(options.plan)), "..", "jobs", "servers")
     together = memory_is_given(plan["server_arguments"])
     with Fleet(servers(plan, made, logs, access), plan["startup_timeout_s"], progress, together) as fleet:
-        identity = sha256_value([shaping, draft, platform.node(), hardware, versions, fleet.running_since()])
+        weights = drafts_served(made)
+        identity = sha256_value([shaping, draft, platform.node(), hardware, versions, fleet.running_since(), weights])
         known = Measurement(options.out, identity)
         steps = schedule(plan, made, stay)
         missing, known.trials = remaining(steps, known.trials)
@@ -229,7 +230,7 @@ def main() -> None:
             {
                 "plan": plan,
                 "draft": draft,
-                **findings(made, known.seen, fleet),
+                **findings(made, known.seen, fleet, weights),
                 "design": {
                     "order": "ABBA",
                     "resident": stay,
@@ -255,7 +256,14 @@ def engine_version() -> str:
         return ""
 
 
-def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet) -> dict[str, Any]:
+def drafts_served(made: dict[str, Arm]) -> dict[str, str]:
+    """The checksum of each arm's draft, where it is a folder here: its weights may have changed under the same path."""
+    folders = {name: (arm.speculative_config or {}).get("model") or "" for name, arm in made.items()}
+    known = {folder: sha256_folder(folder)[:16] for folder in set(folders.values()) if os.path.isdir(folder)}
+    return {name: known[folder] for name, folder in folders.items() if folder in known}
+
+
+def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet, weights: dict[str, str]) -> dict[str, Any]:
     """The arms as they were served, and where their configurations differ."""
     sources = {name: seen[name]["resolved_from"] for name in made}
     compared = resolved.comparable({name: seen[name]["config"] for name in made}, sources)
@@ -268,6 +276,7 @@ def findings(made: dict[str, Arm], seen: dict[str, dict[str, Any]], fleet: Fleet
             name: {
                 "speculative_config": arm.speculative_config,
                 "num_speculative_tokens": arm.num_speculative_tokens,
+                "draft_sha": weights.get(name),
                 "sweep": arm.sweep,
                 "url": fleet.servers[name].url,
                 "command": fleet.servers[name].command,

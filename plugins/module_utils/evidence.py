@@ -23,7 +23,7 @@ from .hardware import describe_hardware, plain_name
 
 Documents = dict[str, Any]
 #: documents that a first run does not have yet
-OPTIONAL = ("levers", "target_config", "experiment", "draft")
+OPTIONAL = ("levers", "target_config", "experiment", "draft", "measurement")
 #: a plot needs no more points of a training curve
 CURVE_POINTS = 200
 #: a device metric of the DCGM exporter
@@ -82,6 +82,9 @@ def _promotion(found: Documents) -> Documents:
     facts: Documents = {}
     if folder := _draft_folder(found, config.get("model") or ""):
         facts["draft_sha"] = draft_sha(folder)
+    standing = found["verdict"]["arms"]["standing"]["speculative_config"] or {}
+    if os.path.isdir(standing.get("model") or ""):
+        facts["standing_draft_sha"] = draft_sha(standing["model"])
     if os.path.isdir(context["identity"]["path"]):
         facts["target_sha"] = read_target(context["identity"]["path"], serving_copy=True).sha
     if os.path.isfile(context["workload"]["dataset"]):

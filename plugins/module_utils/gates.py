@@ -265,6 +265,9 @@ def promotion(evidence: Evidence, thresholds: Thresholds) -> GateResult:
         reasons.append(f"the decision is {judged['decision'].replace('_', ' ')}, not ship")
     if judged["tier"] != "VERDICT":
         reasons.append(f"it is a {judged['tier']}, not a VERDICT: {'; '.join(judged['tier_reasons'])}")
+    latest = evidence.get("measurement")
+    if latest and verdict.measurement_of(latest) != judged["measurement"]:
+        reasons.append("what was measured last is not what it judged")
     reasons += verdict.stale(judged, facts)
     return GateResult(
         not reasons,

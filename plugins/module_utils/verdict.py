@@ -91,7 +91,7 @@ def judge(
         "context": head["context"],
         # A measurement that was gone on with later, or only written anew, is as old as its last trial.
         "measured_at": max(t.get("started_at", "") for t in acceptance["trials"]) or acceptance["finished_at"],
-        "measurement": sha256_value(acceptance["trials"])[:16],
+        "measurement": measurement_of(acceptance),
         "training": _training(head, train),
         "expiry": expiry(acceptance),
     }
@@ -103,12 +103,18 @@ def judge(
     return found
 
 
+def measurement_of(acceptance: dict[str, Any]) -> str:
+    """What tells one measurement from another: its trials."""
+    return sha256_value(acceptance["trials"])[:16]
+
+
 def expiry(acceptance: dict[str, Any]) -> dict[str, Any]:
     """What a verdict on this measurement holds for. A changed one makes it stale."""
     standing = acceptance["arms"][STANDING]
     return {
         "holds_for": {
             "draft_sha": acceptance["draft"].get("sha"),
+            "standing_draft_sha": standing.get("draft_sha"),
             "target_sha": acceptance["plan"]["target"].get("sha"),
             "hardware": acceptance["hardware"]["name"],
             "vllm": standing["resolved"]["version"],

@@ -34,8 +34,9 @@ options:
         with kernel profiles) and V(levers) (what earlier runs settled). V(target_config) and V(levers) need not exist.
       - The V(promotion) gate takes V(verdict) and V(facts), what the standing deployment has now, C(hardware), C(vllm)
         and C(image), and V(experiment), the bundle's C(experiment.json), whose engine tells the C(vllm) that the facts do
-        not; V(experiment) need not exist. The checksums of the staged draft, the target and the prompts are computed from
-        their files.
+        not. It also takes V(draft), the bundle's C(results/draft.json), for a draft that pods serve a copy of, and
+        V(measurement), the latest measurement, which must be the one that was judged. These three need not exist. The
+        checksums of the drafts, the target and the prompts are computed from their files.
     type: dict
     required: true
   thresholds:

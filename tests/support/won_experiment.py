@@ -28,6 +28,7 @@ def write_won(bundle: pathlib.Path, draft: pathlib.Path) -> dict[str, Any]:
     config["model"] = str(draft)
     found["draft"]["sha"] = draft_sha(str(draft))
     (bundle / "results").mkdir(parents=True, exist_ok=True)
+    (bundle / "results/acceptance.json").write_text(json.dumps(found))
     (bundle / "results/verdict.json").write_text(json.dumps(judge(found)))
     return config
 

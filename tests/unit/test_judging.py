@@ -537,6 +537,27 @@ def test_promotion_needs_a_verdict_that_says_ship(change, words):
     assert result.figures["previous"] is None and result.figures["speculative_config"]["method"] == "eagle3"
 
 
+def test_verdict_on_an_earlier_measurement_promotes_nothing():
+    """A later one that could not be judged leaves the file of the verdict as it was."""
+    judged, later = judge(measurement(*WIN)), measurement([5.0, 5.1, 5.0], [6.0, 6.1, 6.0])
+    assert gates.evaluate("promotion", {"verdict": judged, "facts": FACTS, "measurement": measurement(*WIN)}).passed
+    red = gates.evaluate("promotion", {"verdict": judged, "facts": FACTS, "measurement": later})
+    assert red.reasons == ["what was measured last is not what it judged"]
+
+
+def test_verdict_against_a_draft_that_was_replaced_promotes_nothing(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    found = measurement(*WIN, base_rates=(0.4, 0.2, 0.1))
+    found["arms"]["standing"] |= {
+        "speculative_config": {"method": "eagle3", "model": str(tmp_path)}, "draft_sha": evidence.draft_sha(str(tmp_path)),
+    }  # fmt: skip
+    given = {"verdict": judge(found), "facts": {"hardware": "H", "vllm": "0.32.0", "target_sha": "t"}}
+    assert "standing" not in "; ".join(gates.evaluate("promotion", evidence.gather("promotion", given)).reasons)
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    reasons = gates.evaluate("promotion", evidence.gather("promotion", given)).reasons
+    assert any(reason.startswith("standing_draft_sha was ") for reason in reasons)
+
+
 def test_promotion_of_another_artifact_is_refused(tmp_path):
     draft = tmp_path / "draft"
     draft.mkdir()

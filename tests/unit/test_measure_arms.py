@@ -175,6 +175,20 @@ def test_another_vllm_measures_everything_again(program, started, tmp_path, monk
     assert all(trial["started_at"] > first["finished_at"] for trial in again["trials"])
 
 
+def test_draft_that_was_replaced_in_its_folder_is_measured_anew(program, started, tmp_path, monkeypatch):
+    started.update(trials=1, aa_trials=0, concurrencies=[1])
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    started["arms"][1]["speculative_config"]["model"] = str(draft)
+    (draft / "model.safetensors").write_bytes(b"weights")
+    first = measure(program, started, tmp_path, monkeypatch)
+    (draft / "model.safetensors").write_bytes(b"other weights")
+    again = measure(program, started, tmp_path, monkeypatch)
+    assert all(trial["started_at"] > first["finished_at"] for trial in again["trials"])
+    shas = [found["arms"]["trained"]["draft_sha"] for found in (first, again)]
+    assert shas[0] != shas[1] and again["arms"]["standing"]["draft_sha"] is None
+
+
 def test_start_that_resolves_otherwise_is_named(program, started, tmp_path, monkeypatch):
     started.update(trials=3, aa_trials=0, concurrencies=[1], resident=False)
     real, looks = program.resolved.of_running, []
