@@ -21,6 +21,7 @@ import re
 from typing import Any
 
 from .errors import SpecDecodeError
+from .hardware import plain_name
 from .model_shape import kv_bytes_per_token
 
 #: what stands in a context where no ceiling is known
@@ -38,7 +39,7 @@ def ceiling_for(hardware: str, table: dict[str, Any], own: dict[str, Any] | None
             )
         return str(own["key"]), own
     for key, peaks in table.get("ceilings", {}).items():
-        if re.search(peaks["match"], hardware):
+        if re.search(peaks["match"], plain_name(hardware)):
             return str(key), peaks
     return None
 

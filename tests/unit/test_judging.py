@@ -173,7 +173,8 @@ def test_what_follows_from_speculation_is_no_reason_against():
     [
         ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100-PCIE"), ("NVIDIA H100 NVL", "H100-NVL"),
         ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200"), ("NVIDIA GB200", "GB200"), ("NVIDIA GB300", "GB300"),
-        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"), ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIE"),
+        ("NVIDIA-H100-80GB-HBM3", "H100"), ("NVIDIA-H100-PCIe", "H100-PCIE"), ("NVIDIA-H100-NVL", "H100-NVL"),
     ],
 )  # fmt: skip
 def test_hardware_by_the_name_that_it_gives_itself(name, key):
@@ -183,6 +184,7 @@ def test_hardware_by_the_name_that_it_gives_itself(name, key):
 
 def test_cpu_has_no_ceiling_unless_one_was_measured():
     assert sol.ceiling_for("Intel(R) Xeon(R) Processor", CEILINGS) is None
+    assert sol.ceiling_for("NVIDIA GH200 480GB", CEILINGS) is None, "it is no H200"
     own = {"key": "bench-1", "memory_bandwidth_bytes_per_s": 5e10, "source": "STREAM triad"}
     assert sol.ceiling_for("Intel(R) Xeon(R) Processor", CEILINGS, own) == ("bench-1", own)
     with pytest.raises(SpecDecodeError, match="spec_sol_ceiling lacks source"):
