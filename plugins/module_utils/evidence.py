@@ -19,7 +19,7 @@ from .checkpoint import read_target
 from .engines import engine_facts
 from .errors import SpecDecodeError
 from .files import read_json_object, read_json_or_none, read_text_or_none, sha256_file, sha256_folder
-from .hardware import describe_hardware, plain_name
+from .hardware import describe_hardware
 
 Documents = dict[str, Any]
 #: documents that a first run does not have yet
@@ -96,9 +96,6 @@ def _promotion(found: Documents) -> Documents:
     # The shas are those of the files, whatever anybody says: a promotion is about the staged artifact.
     for name in ("hardware", "vllm", "image", "target_sha"):
         facts[name] = given.get(name) or facts.get(name)
-    measured_on = str(found["verdict"].get("expiry", {}).get("holds_for", {}).get("hardware"))
-    if plain_name(facts["hardware"]) == plain_name(measured_on):
-        facts["hardware"] = measured_on
     return {**found, "facts": facts}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from . import context, diagnosis, levers, sol
 from .errors import SpecDecodeError
 from .files import sha256_value
+from .hardware import plain_name
 from .statistics import Comparison, Trial, compare, describe
 from .vllm_metrics import on_this_machine
 
@@ -144,7 +145,9 @@ def stale(verdict: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 
 def _plain(name: str, value: Any) -> Any:
     # 0.32.0+cpu and 0.32.0 are one version, built for different platforms; the hardware is compared by itself.
-    return str(value).partition("+")[0] if name == "vllm" else value
+    if name == "vllm":
+        return str(value).partition("+")[0]
+    return plain_name(str(value)) if name == "hardware" else value
 
 
 def _check_arms(acceptance: dict[str, Any]) -> None:
