@@ -59,9 +59,9 @@ def parse_nodes(text: str) -> list[Node]:
     """Lines of ``name|state|address``; a node in several partitions stands once. Marks such as ``*`` are taken off."""
     found: dict[str, Node] = {}
     for line in text.splitlines():
-        name, bar, rest = line.strip().partition("|")
-        state, _bar, address = rest.partition("|")
-        if bar:  # else the name of a cluster, which stands before its nodes
+        name, mark, rest = line.strip().partition("|")
+        state, _mark, address = rest.partition("|")
+        if mark:  # else the name of a cluster, which stands before its nodes
             # "*" is a node that does not respond; other marks say how it is powered
             word = "down" if state.endswith("*") else state.rstrip("~#!%$@^-+").lower()
             found[name] = Node(name, word, address or name)

@@ -320,8 +320,9 @@ def test_by_hand_against_a_known_pace(client, paced, tmp_path, monkeypatch, caps
     assert "concurrency 3, trial 1: TPOT median" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [("--num-prompts", "-5"), ("--trials", "0"), ("--concurrency", "1", "0"), ("--max-tokens", "1")]
-)  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [("--num-prompts", "-5"), ("--trials", "0"), ("--concurrency", "1", "0"), ("--max-tokens", "1")]
+)
 def test_numbers_that_nothing_can_be_measured_with_are_refused(client, monkeypatch, capsys, words):
     given = ["dflash_vllm_eval.py", "--url", "http://127.0.0.1:9", "--model", "m", "--prompts", "p", "--out", "o", *words]
     monkeypatch.setattr(sys, "argv", given)
