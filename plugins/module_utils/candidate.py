@@ -20,6 +20,8 @@ from .files import read_json_object, sha256_value
 from .launchers import launchers
 from .verdict import has_no_draft
 
+#: settings of an experiment that only measures: those of a training may not even be known
+TAKEN = ("name", "work_dir", "prompts_file", "engine_python", "seed", "job", "serving", "slurm", "slurm_phases")
 #: methods whose draft reads the target's hidden states
 READS_STATES = ("eagle", "eagle3", "dflash")
 
@@ -68,7 +70,7 @@ def inspect(target: str, config: dict[str, Any], prompts: str, count: int) -> di
 
 def compose(facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The experiment: one job that measures, and the documents of its bundle."""
-    settings = typed.settings(settings)
+    settings = typed.settings({name: settings[name] for name in TAKEN})
     candidate, target = facts["candidate"], facts["target"]
     config = candidate["speculative_config"]
     name = checked_name(settings["name"] or f"{facts['slug']}-{config['method']}-candidate".replace("_", "-"))

@@ -64,6 +64,18 @@ def test_method_without_a_model_is_one_measuring_job(target, prompts, tmp_path):
     assert any("no speculation" in line for line in candidate.table(experiment))
 
 
+def test_settings_of_a_training_are_not_even_read(target, prompts, tmp_path):
+    """In a play each is a template, and some of them cannot be told without a plan to train."""
+
+    class Lazy(dict):
+        def items(self):
+            raise AssertionError("all settings are read")
+
+    facts = candidate.inspect(target, NGRAM, prompts, 2)
+    settings = settings_of(tmp_path, prompts)
+    assert candidate.compose(facts, Lazy(settings)) == candidate.compose(facts, settings)
+
+
 def test_numbers_may_be_texts_as_of_a_trained_experiment(target, prompts, tmp_path):
     settings = settings_of(tmp_path, prompts)
     texts = {**settings, "seed": "7", "serving": {**SERVING, "trials": "3", "temperature": "0.0"}}
