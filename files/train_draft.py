@@ -47,6 +47,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+#: PyTorch from 2.11 on prefers cuDNN's attention on Hopper, whose gradient is NaN where the keys' number leaves 64 on
+#: division by 128, a mask is given and a row is masked whole, as DFlash's anchors are: pytorch/pytorch#196678
+ENVIRONMENT = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+
+
 class Metrics:
     """``metrics.jsonl``: one line a logged step, a resumed run continuing where its checkpoint was taken."""
 
@@ -155,8 +160,12 @@ def text_part(target: str) -> dict[str, Any] | None:
 
 def train(
     command: list[str], environment: dict[str, str], log: TrainingLog, metrics: Metrics | None, total: int, first: int
-) -> None:
-    """Run the trainer to its end, following its steps; its output passes through to this program's."""
+) -> int | None:
+    """Run the trainer to its end, following its steps; its output passes through to this program's.
+
+    Stops at the first logged loss that is no finite number, and returns its step: SpecForge skips no such step, so that
+    its weights are lost for good.
+    """
     progress = Progress()
     started, seen = time.monotonic(), first
     process = subprocess.Popen(
@@ -165,7 +174,7 @@ def train(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+        env={**ENVIRONMENT, **os.environ, **environment, "PYTHONUNBUFFERED": "1"},
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: process.send_signal(received))
@@ -177,6 +186,9 @@ def train(
             continue
         seen = found[0]
         row = metrics.add(*found)
+        if row.get("loss", 0.0) is None:
+            stop(process)
+            return seen
         left = (time.monotonic() - started) / max(1, seen - first) * (total - seen)
         progress.update(f"step {seen}/{total} · {headline(row)} · {clock(left)} left", seen, total)
     code = process.wait()
@@ -184,6 +196,34 @@ def train(
         # Not a refusal: another attempt may get further, from the newest checkpoint.
         print(f"error: SpecForge's training ended with exit code {code} after step {seen} of {total}.", flush=True)
         sys.exit(128 - code if code < 0 else 1)
+    return None
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End the trainer, and wait until it writes no more."""
+    process.terminate()
+    try:
+        process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+
+
+def forget(output: str, run_id: str, steps: list[dict[str, Any]]) -> SpecDecodeError:
+    """Remove the checkpoints that may hold lost weights, and say what happened; ``steps`` are all that were logged.
+
+    Kept is a checkpoint whose weights gave a finite loss later.
+    """
+    sound = next((row for row in reversed(steps) if row.get("loss") is not None), {"step": 0})
+    for path in checkpoints.all_of(output, run_id):
+        if checkpoints.step_of(path) >= sound["step"]:
+            shutil.rmtree(path)
+    before = f"{sound['loss']:.3f} at step {sound['step']}" if sound["step"] else "none was before it"
+    return SpecDecodeError(
+        f"The training was stopped: SpecForge's loss is no finite number at step {steps[-1]['step']} ({before}), and its"
+        " weights cannot recover from that.",
+        "Lower learning_rate in spec_training, or give it another attention_backend. More: docs/runbook.md#training",
+    )
 
 
 def main() -> None:
@@ -226,7 +266,8 @@ def main() -> None:
     metrics = Metrics(os.path.join(output, "metrics.jsonl"), first) if nodes.first else None
     if first < total:
         command, environment = trainer.command(newest)
-        train(command, environment, trainer.log(), metrics, total, first)
+        if train(command, environment, trainer.log(), metrics, total, first) is not None and metrics is not None:
+            raise forget(output, config["run_id"], metrics.steps)
     if metrics is None:
         return  # the first node writes the results
     newest, _refused = checkpoints.newest_complete(output, config["run_id"])

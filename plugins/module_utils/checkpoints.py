@@ -28,18 +28,22 @@ def step_of(path: str) -> int:
     return int(match[1]) if match else 0
 
 
-def newest_complete(output: str, run_id: str) -> tuple[str | None, list[tuple[str, str]]]:
-    """The newest checkpoint that is whole, and the newer or older ones that are not, with the reason."""
-    found = [
+def all_of(output: str, run_id: str) -> list[str]:
+    """A run's checkpoint folders, whole or not, in no order."""
+    return [
         os.path.join(output, name)
         for name in os.listdir(output)
         if (name.startswith(f"{run_id}-step") or is_of_scripts(name))
         and _STEP.search(name)
         and os.path.isdir(os.path.join(output, name))
     ]
+
+
+def newest_complete(output: str, run_id: str) -> tuple[str | None, list[tuple[str, str]]]:
+    """The newest checkpoint that is whole, and the newer or older ones that are not, with the reason."""
     newest: str | None = None
     refused: list[tuple[str, str]] = []
-    for path in sorted(found, key=step_of, reverse=True):
+    for path in sorted(all_of(output, run_id), key=step_of, reverse=True):
         fault = incompleteness(path)
         if fault:
             refused.append((path, fault))

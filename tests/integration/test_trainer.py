@@ -202,6 +202,36 @@ def test_both_captures_agree(built, bundle, captured):
     assert answer.returncode == 0, answer.stderr[-2000:]
 
 
+def test_training_whose_loss_is_lost_ends_at_once_and_keeps_no_lost_weights(built, bundle, captured, tmp_path):
+    """SpecForge itself goes on to its last step with a loss of NaN."""
+    folder, layers = captured
+    shutil.copytree(folder / "data", tmp_path / "data")
+    answer = capture(built, bundle, tmp_path, layers, program="capture_hidden_states.py")
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    plan = derive.plan(str(built.target), "eagle3", {})
+    training = {
+        "batch_size": 4, "num_epochs": 100, "save_interval": 1, "log_interval": 1, "max_checkpoints": 100, "warmup_ratio": 0,
+        "learning_rate": 1e30, "attention_backend": "sdpa", "fsdp_sharding": "NO_SHARD",
+    }  # fmt: skip
+    config = specforge.run_config(
+        plan, run_id="r", draft_config=str(folder / "draft.json"), features="f", output="o", chat_template="qwen", max_length=128,
+        max_steps=60, training=training,
+    )  # fmt: skip
+    (tmp_path / "train.yaml").write_text(json.dumps(config))
+    answer = run([
+        ENGINE, bundle / "train_draft.py", "--config", tmp_path / "train.yaml", "--target-model-path", built.target,
+        "--aux-layers", ",".join(map(str, layers)), "--features", tmp_path / "features", "--output", tmp_path / "train",
+        "--result", tmp_path / "result.json",
+    ])  # fmt: skip
+    assert answer.returncode == 2 and not (tmp_path / "result.json").exists(), answer.stdout[-2000:] + answer.stderr[-2000:]
+    lost = re.search(
+        r"loss is no finite number at step (\d+) \([\d.]+ at step (\d+)\), and its weights cannot recover", answer.stderr
+    )
+    assert lost and int(lost[2]) == int(lost[1]) - 1 < 10, answer.stderr[-2000:]
+    kept = [int(path.name.partition("-step")[2]) for path in (tmp_path / "train").glob("*/r-step*")]
+    assert all(step < int(lost[2]) for step in kept)
+
+
 @pytest.mark.parametrize("program", ["capture_with_sglang.py", "capture_hidden_states.py"])
 def test_what_changed_is_captured_anew(built, bundle, captured, tmp_path, program):
     """At the same places: first the template, whose mask then covers less, then the conversations."""

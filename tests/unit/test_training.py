@@ -158,6 +158,30 @@ def test_another_draft_config_at_the_same_place_is_trained_anew(train_draft, tmp
     assert first != second and json.loads((tmp_path / "train/manifest.json").read_text())["identity"] == second
 
 
+LOST = """
+import os, time
+print(os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"])
+print("step 900: {'train/loss': 0.5}")
+print("step 950: {'train/loss': 0.4}")
+print("step 1000: {'train/loss': nan}", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_trainer_whose_loss_is_lost_is_stopped_and_its_weights_with_it(train_draft, tmp_path, monkeypatch, capfd, own):
+    monkeypatch.setattr(train_draft.signal, "signal", lambda *_: None)
+    if own:
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", own)
+    metrics = train_draft.Metrics(str(tmp_path / "metrics.jsonl"), 0)
+    assert train_draft.train([sys.executable, "-c", LOST], {}, CliLog(), metrics, 2000, 0) == 1000
+    assert capfd.readouterr().out.splitlines()[0] == (own or "1")
+    sound, *_doubtful = [script_checkpoint(tmp_path, 0, step) for step in (900, 950, 1000)]
+    error = train_draft.forget(str(tmp_path), "run", metrics.steps)
+    assert "no finite number at step 1000 (0.400 at step 950)" in str(error)
+    assert [str(sound)] == checkpoints.all_of(str(tmp_path), "run")
+
+
 @pytest.fixture
 def selection(programs, monkeypatch, tmp_path):
     """Chooses from sources of 30 rows each, out of which four are ``bad``; a ``short`` one trains EAGLE3 alone."""
