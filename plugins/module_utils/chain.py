@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from . import gates
+
 #: the phases whose work a gate judges before the next may start
 GATES = {"untrained": "artifact", "dataset": "dataset", "capture": "capture", "train": "training", "convert": "artifact"}
 
@@ -35,7 +37,7 @@ def _judge(experiment: dict[str, Any], phase: str, thresholds: dict[str, Any]) -
     gate = GATES.get(phase, "")
     if not gate:
         return {"gate": "", "evidence": {}, "thresholds": {}, "verify": []}
-    limits = {**({"layers": experiment["aux_layers"]} if gate == "capture" else {}), **(thresholds.get(gate) or {})}
+    limits = {**({"layers": experiment["aux_layers"]} if gate == "capture" else {}), **gates.thresholds_of(thresholds, gate)}
     evidence = {"convert" if gate == "artifact" else phase: experiment["jobs"][phase]["result"]}
     verify = [
         experiment["engine_python"], f"{experiment['bundle']}/judge_gate.py", "--gate", gate,

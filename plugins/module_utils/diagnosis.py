@@ -23,6 +23,12 @@ class Evidence:
     draft_config: dict[str, Any] | None = None
 
     @property
+    def longest(self) -> int | None:
+        """The most tokens that the draft proposes at once, where its config bounds them: DFlash's block but its first."""
+        block = (self.draft_config or {}).get("block_size")
+        return block - 1 if isinstance(block, int) else None
+
+    @property
     def layers_problem(self) -> str:
         """Why the draft is served on other layers than its features were captured at; empty if it is not, or unknown."""
         found = self.convert or {}
@@ -118,11 +124,8 @@ def overall(decision: str, shapes: list[dict[str, Any]]) -> Diagnosis:
     lost = [shape for shape in shapes if shape["decision"] == "do_not_ship"]
     won = [shape for shape in shapes if shape["decision"] == "ship"]
     if won:
-        return "wrong_regime", (
-            "Wrong regime: it wins at concurrency "
-            + ", ".join(str(shape["concurrency"]) for shape in won)
-            + " and loses at "
-            + ", ".join(str(shape["concurrency"]) for shape in lost)
-            + f". {lost[0]['diagnosis']}"
-        )
+        wins, losses = (", ".join(str(shape["concurrency"]) for shape in some) for some in (won, lost))
+        if all(shape["cause"] == "guardrail" for shape in lost):
+            return "guardrail", f"It wins at concurrency {wins}. At {losses}: {lost[0]['diagnosis']}"
+        return "wrong_regime", f"Wrong regime: it wins at concurrency {wins} and loses at {losses}. {lost[0]['diagnosis']}"
     return lost[0]["cause"], lost[0]["diagnosis"]

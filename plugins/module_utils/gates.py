@@ -52,6 +52,17 @@ def evaluate(gate: str, evidence: Evidence, thresholds: Thresholds | None = None
         )
 
 
+def thresholds_of(given: dict[str, Any], gate: str) -> Thresholds:
+    """One gate's share of ``spec_thresholds``, all of which must hold: no phase runs with a name that nothing reads."""
+    for name, values in given.items():
+        if name not in GATES:
+            raise SpecDecodeError(f"spec_thresholds has {name!r}, which is no gate.", f"The gates: {', '.join(sorted(GATES))}.")
+        if not isinstance(values or {}, dict):
+            raise SpecDecodeError(f"spec_thresholds.{name} is {values!r}, but must hold thresholds by name.")
+        limits(name, values or {})
+    return given.get(gate) or {}
+
+
 def limits(gate: str, thresholds: Thresholds) -> Thresholds:
     """A gate's limits: its defaults, and over them what is given, which must be numbers of its own."""
     found: Thresholds = dict(LIMITS[gate])

@@ -43,10 +43,11 @@ def fit_step_cost(points: list[tuple[int, float]]) -> tuple[float, float] | None
     return mean_r - slope * mean_k, slope
 
 
-def draft_lengths(measured: list[dict[str, Any]], standing_tpot_ms: float) -> dict[str, Any] | None:
+def draft_lengths(measured: list[dict[str, Any]], standing_tpot_ms: float, longest_k: int | None = None) -> dict[str, Any] | None:
     """The speed-up against K: measured points and, from two of them on, the fitted curve with its best K.
 
-    ``measured`` holds, for each K, ``k``, ``rates``, ``acceptance_length``, ``step_cost`` and ``speedup``.
+    ``measured`` holds, for each K, ``k``, ``rates``, ``acceptance_length``, ``step_cost`` and ``speedup``; ``longest_k`` is
+    the most that the draft can do.
     """
     usable = [point for point in measured if point["rates"]]
     if not usable:
@@ -59,7 +60,8 @@ def draft_lengths(measured: list[dict[str, Any]], standing_tpot_ms: float) -> di
         return {"points": points, "v0": None, "c": None, "curve": [], "best": None}
     v0, c = fitted
     curve = []
-    for k in range(1, longest["k"] + FURTHER + 1):
+    further = longest["k"] + FURTHER
+    for k in range(1, min(further, longest_k or further) + 1):
         tau, cost = acceptance_length(longest["rates"], k), v0 + c * k
         if cost > 0:
             curve.append({"k": k, "acceptance_length": tau, "step_cost": cost, "speedup": tau / cost,
@@ -85,15 +87,23 @@ def position_gaps(rates: list[float], train: dict[str, Any] | None) -> list[dict
 
 
 def frontier(
-    shape: dict[str, Any], *, method: str, concurrencies: list[int], train: dict[str, Any] | None = None
+    shape: dict[str, Any],
+    *,
+    method: str,
+    concurrencies: list[int],
+    train: dict[str, Any] | None = None,
+    longest_k: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Levers with expected unlock (a factor on the speed-up), cost and the gate that proves or refutes each, ranked."""
+    """Levers with expected unlock (a factor on the speed-up), cost and the gate that proves or refutes each, ranked.
+
+    ``longest_k`` is the most tokens that the draft can propose at once, where something bounds them.
+    """
     trained = shape["arms"]["trained"]
     rates, length = trained["accepted_per_step"], trained["tokens_per_step"]
     if not rates:
         return []
     levers = [
-        *_draft_length(shape, rates, length),
+        *_draft_length(shape, rates, length, longest_k),
         *_training(shape, rates, length, method, train),
         *_draft_cost(shape, length, method),
         *_method(shape, rates, method),
@@ -106,7 +116,7 @@ def _lever(name: str, lever: str, expected: str, unlock: float, cost: str, gate:
     return {"id": name, "lever": lever, "expected": expected, "unlock": round(unlock, 3), "cost": cost, "gate": gate}
 
 
-def _draft_length(shape: dict[str, Any], rates: list[float], length: float) -> list[dict[str, Any]]:
+def _draft_length(shape: dict[str, Any], rates: list[float], length: float, longest_k: int | None) -> list[dict[str, Any]]:
     count = len(rates)
     gate = f"better than K = {count} beyond the noise at a concurrency that is measured, and worse at none"
     lengths = shape["draft_lengths"]
@@ -128,14 +138,16 @@ def _draft_length(shape: dict[str, Any], rates: list[float], length: float) -> l
         ]
     # One K measured gives no step cost: what one position more or less is worth is known, what it costs is not.
     longer, shorter = acceptance_length(rates, count + 1), acceptance_length(rates, count - 1)
-    levers = [
-        _lever(
-            f"k={count + 1}", f"K = {count + 1} instead of {count}",
-            f"acceptance length about {longer:.2f} if position {count + 1} is accepted as often as the last;"
-            f" pays if it costs less than {longer / length - 1:.0%} of a step",
-            longer / length, "one more measurement; no training. Two values of K give the cost of a position", gate,
-        )
-    ]  # fmt: skip
+    levers = []
+    if longest_k is None or count < longest_k:
+        levers.append(
+            _lever(
+                f"k={count + 1}", f"K = {count + 1} instead of {count}",
+                f"acceptance length about {longer:.2f} if position {count + 1} is accepted as often as the last;"
+                f" pays if it costs less than {longer / length - 1:.0%} of a step",
+                longer / length, "one more measurement; no training. Two values of K give the cost of a position", gate,
+            )
+        )  # fmt: skip
     if count > 1:
         levers.append(
             _lever(

@@ -96,7 +96,7 @@ def judge(
         "training": _training(head, train),
         "expiry": expiry(acceptance),
     }
-    frontier = levers.frontier(head, method=method, concurrencies=concurrencies, train=train)
+    frontier = levers.frontier(head, method=method, concurrencies=concurrencies, train=train, longest_k=evidence.longest)
     settled = levers.settle(ledger, {**found, "frontier": frontier})
     found["levers"] = settled
     found["next_levers"] = [lever for lever in settled["levers"] if lever["status"] == "open"]
@@ -254,7 +254,7 @@ def _shape(
         "speed_of_light": shares,
         "rigor": grounding.rests,
         "sweep": sweep,
-        "draft_lengths": _draft_lengths(arms, tpot.median, cost, sweep),
+        "draft_lengths": _draft_lengths(arms, tpot.median, cost, sweep, evidence.longest),
         "context": contexts,
     }
     found["cause"], found["diagnosis"] = diagnosis.diagnose(found, limits, evidence) if decision == "do_not_ship" else ("", "")
@@ -368,7 +368,7 @@ def _sweep(
 
 
 def _draft_lengths(
-    arms: dict[str, dict[str, Any]], speedup: float, cost: float | None, sweep: list[dict[str, Any]]
+    arms: dict[str, dict[str, Any]], speedup: float, cost: float | None, sweep: list[dict[str, Any]], longest: int | None
 ) -> dict[str, Any] | None:
     if cost is None:
         return None  # against a standing arm that speculates itself, a step's cost has no common unit
@@ -377,7 +377,7 @@ def _draft_lengths(
         "k": len(trained["acceptance_per_position"]), "rates": trained["accepted_per_step"],
         "acceptance_length": trained["tokens_per_step"], "step_cost": cost, "speedup": speedup,
     }  # fmt: skip
-    return levers.draft_lengths([own, *sweep], arms[STANDING]["tpot_ms"]["median"])
+    return levers.draft_lengths([own, *sweep], arms[STANDING]["tpot_ms"]["median"], longest)
 
 
 def _method(arm: dict[str, Any]) -> str:

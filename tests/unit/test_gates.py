@@ -138,3 +138,26 @@ def test_threshold_that_no_gate_knows_or_that_is_no_number_is_refused():
         gates.evaluate("acceptance", {}, {"min_trials": "five"})
     # What a template made of a number is one.
     assert gates.limits("acceptance", {"min_trials": "5"})["min_trials"] == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"acceptence": {"min_trials": 5}}, "spec_thresholds has 'acceptence', which is no gate. The gates: acceptance, "),
+        (
+            {"acceptance": {"min_trails": 5}},
+            "spec_thresholds.acceptance has 'min_trails', which the acceptance gate does not know",
+        ),
+        ({"acceptance": [5]}, r"spec_thresholds.acceptance is \[5\], but must hold thresholds by name"),
+    ],
+)
+def test_mistyped_threshold_stops_every_gate_not_its_own_alone(given, words):
+    with pytest.raises(SpecDecodeError, match=words):
+        gates.thresholds_of(given, "dataset")
+
+
+def test_thresholds_of_one_gate_are_taken_out_of_those_of_all():
+    given = {"dataset": {}, "acceptance": {"min_trials": 7}, "training": None}
+    assert [gates.thresholds_of(given, gate) for gate in ("dataset", "acceptance", "training", "capture")] == [
+        {}, {"min_trials": 7}, {}, {},
+    ]  # fmt: skip

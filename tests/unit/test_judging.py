@@ -387,6 +387,24 @@ def test_win_at_one_load_and_loss_at_another_is_the_wrong_regime():
     assert "wins at concurrency 1 and loses at 8" in result["diagnosis"]
 
 
+def test_win_that_breaks_a_guardrail_at_another_load_is_no_loss_there():
+    found = at_loads([5.0] * 3, [3.0] * 3, [3.0] * 3, (0.9, 0.8, 0.7))
+    for each in found["trials"]:
+        if (each["arm"], each["concurrency"]) == ("trained", 8):
+            each["client"] = {**each["client"], "ttft_ms": {**each["client"]["ttft_ms"], "p99": 1e6}}
+    result = judge(found)
+    assert (result["decision"], result["cause"]) == ("do_not_ship", "guardrail")
+    assert result["diagnosis"].startswith("It wins at concurrency 1. At 8: It is faster, but breaks a guardrail")
+
+
+@pytest.mark.parametrize(("block", "proposed"), [(5, {"k=4", "k=2"}), (4, {"k=2"})])
+def test_k_beyond_dflashs_block_is_not_proposed(block, proposed):
+    found = judge(measurement(*WIN, rates=(0.9, 0.8, 0.7)), draft_config={"block_size": block})
+    assert {each["id"] for each in found["next_levers"] if each["id"].startswith("k=")} == proposed
+    curve = judge(swept(2, [5.0] * 3, [2.9] * 3, (0.9, 0.8)), draft_config={"block_size": block})
+    assert [point["k"] for point in curve["shapes"][0]["draft_lengths"]["curve"]] == list(range(1, block))
+
+
 @pytest.mark.parametrize(
     ("urls", "served_on", "known"),
     [
