@@ -174,7 +174,7 @@ def lookup(built, bundle_of_draft):
     (built.work / "long.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in long))
     settings = {
         "experiment": "lookup", "spec_candidate": NGRAM, "spec_prompts_file": str(built.work / "long.jsonl"),
-        "spec_concurrencies": [1, 2], "spec_sweep_k": [2], "spec_aa_trials": 0,
+        "spec_concurrencies": [1, 2], "spec_sweep_k": [2], "spec_aa_trials": 0, "spec_prompts": 12,
         "spec_sol_ceiling": {"key": "test", "memory_bandwidth_bytes_per_s": 1e10, "source": "made up"},
     }  # fmt: skip
     output = play("validate_draft", **site(built), **settings)
