@@ -106,10 +106,12 @@ def test_a_directive_is_one_line_that_says_the_value_or_is_refused(key, value):
 
 
 @WIDE
+@example("..", "0")
 @given(VALUES, VALUES)
 def test_launcher_in_a_folder_of_any_name(name, target):
     with tempfile.TemporaryDirectory() as folder:
-        work = pathlib.Path(folder) / "".join(name.replace("/", "_"))[:40]
+        label = name.replace("/", "_")[:40]
+        work = pathlib.Path(folder) / (label if label.strip(".") else f"_{label}")  # two dots lead out of the folder
         out = pathlib.Path(folder) / "out"
         stub = pathlib.Path(folder) / "engine"
         stub.write_text('#!/bin/bash\nprintf \'%s\\0\' "$PWD" "$@" > "$STUB_OUT"\n')
