@@ -35,6 +35,10 @@ from spec_decode.training_log import CliLog, ScriptsLog, TrainingLog
 from spec_decode.waiting import clock
 from transformers import AutoConfig
 
+#: PyTorch from 2.11 on prefers cuDNN's attention on Hopper, whose gradient is NaN where the keys' number leaves 64 on
+#: division by 128, a mask is given and a row is masked whole, as DFlash's anchors are: pytorch/pytorch#196678
+ENVIRONMENT = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -45,11 +49,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for checkpoints and metrics")
     parser.add_argument("--result", required=True)
     return parser.parse_args()
-
-
-#: PyTorch from 2.11 on prefers cuDNN's attention on Hopper, whose gradient is NaN where the keys' number leaves 64 on
-#: division by 128, a mask is given and a row is masked whole, as DFlash's anchors are: pytorch/pytorch#196678
-ENVIRONMENT = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
 
 
 class Metrics:
